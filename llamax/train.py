@@ -68,6 +68,7 @@ from llamax.training.library import (
 )
 from llamax.training.local_ranks import STOPPED
 from llamax.training.metrics import check_installed
+from llamax.training.parts import LLAMAX, Parts
 from llamax.training.profiler import Profiler
 from llamax.training.recorder import Recorder
 from llamax.training.resolve import resolve
@@ -75,11 +76,9 @@ from llamax.training.rewind import Rewind, find_rewind, rewound
 from llamax.training.room import check_room
 from llamax.training.save_timer import SaveTimer
 from llamax.training.setup import (
-    LLAMAX,
     REWINDS,
     TOKENS,
     Job,
-    Parts,
     loaders,
     log_start,
     prepare,

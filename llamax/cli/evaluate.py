@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llamax.cli.options import Parser, add_computing, column, command
+from llamax.cli.options import Parser, add_computing, column, command, pairs
 from llamax.data.chat.templates import BUILT_IN
 from llamax.data.prepare.row_samples import FIELDS
 from llamax.parallel.rendezvous import rendezvous
@@ -136,7 +136,7 @@ def main(argv: Sequence[str]) -> int:
         test_file=options.test_file,
         template=options.template,
         system=options.system,
-        fields=dict(options.field),
+        fields=pairs("--field", options.field),
         limit=options.limit,
         max_new_tokens=options.max_new_tokens,
         stop=options.stop,

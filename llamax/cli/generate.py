@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llamax.cli.options import Parser, add_computing, column, command
+from llamax.cli.options import Parser, add_computing, column, command, pairs
 from llamax.config.choices import BACKENDS
 from llamax.data.chat.templates import BUILT_IN
 from llamax.data.prepare.row_samples import FIELDS
@@ -146,6 +146,10 @@ def main(argv: Sequence[str]) -> int:
     rank = rendezvous(os.environ)
     setup_logging(f"rank {rank.rank}", main=rank.rank == 0)
     models = _models(options.model, options.compare)
+    drawing = [name for name in ("temperature", "top_k", "top_p") if getattr(options, name)]
+    if options.greedy and drawing:
+        option = drawing[0].replace("_", "-")
+        raise ConfigError(f"--greedy draws nothing, and --{option} is of drawing; leave one out")
 
     from llamax.inference.engine import Completion
     from llamax.inference.generate import GenerationSettings, compare, generate, precompile
@@ -164,7 +168,7 @@ def main(argv: Sequence[str]) -> int:
         template=options.template,
         context=options.context,
         system=options.system,
-        fields=dict(options.field),
+        fields=pairs("--field", options.field),
         batch=options.batch,
         dtype=options.dtype,
         backend=options.backend,
@@ -238,7 +242,7 @@ def _models(model: Path | None, pair: str | None) -> list[Path]:
         raise ConfigError("give one model's folder, or --compare BASE,TUNED")
     if model is not None:
         return [model]
-    paths = [Path(part) for part in str(pair).split(",")]
+    paths = [Path(part.strip()) for part in str(pair).split(",")]
     if len(paths) < 2:
         raise ConfigError(f"--compare={pair} names one model; use BASE,TUNED")
     return paths

@@ -63,7 +63,14 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(
             f"--action {what}: --phase cluster has {join_or(list(cluster_actions(launcher)))}"
         )
+    if options.node is not None and (launcher != "torchrun" or what != "start"):
+        raise ConfigError(
+            f"--node={options.node} is for starting with --on torchrun, whose nodes each run their "
+            "own command; leave it out"
+        )
     job = jobfile.load(options.job)
+    if options.node is not None and not 0 <= options.node < job.nodes:
+        raise ConfigError(f"--node={options.node} is out of range; use 0 to {job.nodes - 1}")
     refuse(problems(job, launcher, phase), str(options.job))
     for name in plain_text_secrets(job) if what == "start" else ():
         print(
@@ -119,8 +126,6 @@ def _run(job: JobFile, launcher: str, phase: str, what: str, text: str, node: in
             f"--node is missing: {job.nodes} nodes each run this command with their own, 0 on "
             f"{job.torchrun.master}, the others 1 to {job.nodes - 1}"
         )
-    if node is not None and not 0 <= node < job.nodes:
-        raise ConfigError(f"--node={node} is out of range; use 0 to {job.nodes - 1}")
     if launcher == "sagemaker" and phase != "image" and what == "start":
         _check_sdk(sagemaker.sdk(job))
     environ = environment(job, launcher, os.environ)

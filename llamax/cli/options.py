@@ -15,7 +15,7 @@ from decimal import Decimal
 from typing import Any, NoReturn
 
 from llamax.config.choices import EAGER_BACKENDS, MODEL_DTYPES, QUANTIZED
-from llamax.runtime.errors import LlamaxError
+from llamax.runtime.errors import ConfigError, LlamaxError
 from llamax.runtime.units import read_bytes
 
 Main = Callable[[Sequence[str]], int]
@@ -147,6 +147,15 @@ def column(text: str) -> tuple[str, str]:
             f"{text!r} is not FIELD=COLUMN with a field of {', '.join(FIELDS)}"
         )
     return field, name
+
+
+def pairs(option: str, given: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The names and values of an option that was repeated; ConfigError for two values of one."""
+    found = dict[str, str]()
+    for name, value in given:
+        if found.setdefault(name, value) != value:
+            raise ConfigError(f"{option} {name} is {found[name]} and {value}; give it once")
+    return found
 
 
 def number(text: str) -> int:

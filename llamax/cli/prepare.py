@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from llamax.cli.options import Parser, column, command, folded, size
+from llamax.cli.options import Parser, column, command, folded, pairs, size
 from llamax.data.chat.templates import BUILT_IN
 from llamax.data.prepare.file_kinds import MAX_DOCUMENT
 from llamax.data.prepare.row_samples import FIELDS
@@ -185,7 +185,7 @@ def main(argv: Sequence[str]) -> int:
         format=options.format,
         workers=options.workers,
         template=options.template,
-        fields=dict(options.field),
+        fields=pairs("--field", options.field),
         system=options.system,
         split=options.split,
         limit=options.limit,

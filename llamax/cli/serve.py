@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llamax.cli.options import Parser, add_computing, command, size
+from llamax.cli.options import Parser, add_computing, command, pairs, size
 from llamax.data.chat.templates import BUILT_IN
 from llamax.runtime.logging import setup_logging
 from llamax.runtime.process import run_main
@@ -111,7 +111,7 @@ def main(argv: Sequence[str]) -> int:
     serve(
         options.model,
         settings,
-        adapters=dict(options.adapter),
+        adapters=pairs("--adapter", options.adapter),
         tokenizer=options.tokenizer,
         base=options.base,
     )

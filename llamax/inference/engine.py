@@ -37,7 +37,7 @@ from llamax.config.model import ModelConfig
 from llamax.data.chat.record import PromptRecord
 from llamax.data.megatron import is_prefix
 from llamax.data.tokenizer.streaming import Detokenizer
-from llamax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from llamax.data.tokenizer.tokenizer import Tokenizer, begin_of_prompts, load_tokenizer
 from llamax.inference.sampling import Sampling, generate_tokens
 from llamax.inference.static_decoding import StaticDecoder, static_tokens
 from llamax.model import int8
@@ -218,9 +218,10 @@ def begin_id(loaded: LoadedModel, bos: bool | None) -> int | None:
     ``bos``: whether there is one, if tokenizer or model have a BOS; None: as the tokenizer does.
     """
     tokenizer = loaded.tokenizer
-    if bos is False or (bos is None and not tokenizer.adds_bos):
-        return None
-    return loaded.model.bos_token_id if tokenizer.bos_id is None else tokenizer.bos_id
+    if bos is None:
+        return begin_of_prompts(tokenizer, loaded.model.bos_token_id)
+    own = loaded.model.bos_token_id if tokenizer.bos_id is None else tokenizer.bos_id
+    return own if bos else None
 
 
 def split_stops(tokenizer: Tokenizer, stops: Sequence[str]) -> tuple[list[str], set[int]]:

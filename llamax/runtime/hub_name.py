@@ -80,7 +80,12 @@ def hub_name(text: str | Path, kind: Kind = "model", within: Path = Path()) -> H
 def _from_uri(text: str, kind: Kind) -> HubName:
     match = _URI.fullmatch(text)
     form = "hf://datasets/org/name" if kind == "dataset" else "hf://org/name"
-    if match is None or ".." in unquote(text) or "--" in match[2]:
+    if (
+        match is None
+        or ".." in unquote(text)
+        or "--" in match[2]
+        or (match[1] is None and match[2].partition("/")[0] in RESERVED)
+    ):
         raise ConfigError(f"{text} names no repository of the Hub; write {form}@REVISION or {form}")
     scope, repo, revision, path = match.groups()
     stated = "dataset" if scope == "datasets" else "model"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def check_run_folder(folder: Path) -> None:
 
     A link of one's own, such as to a larger disk, is followed.  Raises ConfigError and LinkError.
     """
+    _check_place(folder)
     if not is_run(folder):
         for name in REPLACED:
             if (path := folder / name).is_file() and path.stat().st_size:
@@ -42,6 +44,19 @@ def check_run_folder(folder: Path) -> None:
                     f"folder, {folder / 'run'} for example"
                 )
     refuse_foreign_link(folder / CHECKPOINTS_FOLDER)
+
+
+def _check_place(folder: Path) -> None:
+    """Raise ConfigError where a file, or a link to nothing, stands in the way of a run folder."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if there.is_dir():
+        return
+    what = "a file"
+    if there.is_symlink():
+        what = f"a link to {os.readlink(there)}, which is not there (is its storage mounted?)"
+    raise ConfigError(
+        f"run.folder={folder} cannot be made: {there} is {what}; set run.folder to another folder"
+    )
 
 
 def is_run(folder: Path) -> bool:

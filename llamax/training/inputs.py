@@ -133,6 +133,13 @@ class Inputs:
             if (before := getattr(earlier, field.name))
             != (after := getattr(now[section], field.name))
         ]
+        if run.config.finetune.method == "full":
+            then_from, from_ = then.checkpoint.init_from, run.config.checkpoint.init_from
+            if then_from != from_:
+                changes.append(
+                    f"checkpoint.init_from {to_toml(then_from)} -> {to_toml(from_)} (not read "
+                    "by a run that goes on)"
+                )
         data = self.resumed.manifest.mesh.get("data", run.mesh.dp)
         if data != run.mesh.dp:  # parallel.data=0 stands for any
             changes.append(f"parallel.data {data} -> {run.mesh.dp}")
@@ -172,6 +179,11 @@ def open_inputs(config: Config) -> Inputs:
             found = newest_intact(folder)
         resumed = None if found is None else Checkpoint(found)
     elif checkpoint.resume != "never":
+        if not Path(checkpoint.resume).is_dir():
+            raise CheckpointError(
+                f"checkpoint.resume={checkpoint.resume} is neither auto, intact, never nor a "
+                "folder; write one of these"
+            )
         resumed = Checkpoint(find_checkpoint(Path(checkpoint.resume)))
     if resumed is not None:
         _check_position(resumed)

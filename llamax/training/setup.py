@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from inspect import signature
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -22,17 +21,18 @@ from llamax.checkpoint.save import Saver
 from llamax.config.constants import CHECKPOINTS_FOLDER, CONFIG_FILE, METRICS_FILE
 from llamax.config.flops import flops_per_token
 from llamax.config.load import dump_config
-from llamax.config.schema import Config
+from llamax.config.schema import Config, FinetuneConfig
 from llamax.data.dataset import Dataset
 from llamax.data.loader import Batches
 from llamax.data.samples import Samples
+from llamax.data.tokenizer.tokenizer import begin_of_prompts, load_tokenizer
 from llamax.model.llama import DTYPES, Llama
 from llamax.model.lora import num_parameters
 from llamax.optim.loss_scale import LossScaleState
 from llamax.parallel.collectives import Axes
 from llamax.parallel.sharding import ShardedParameters
 from llamax.parallel.spread import Placeholder
-from llamax.runtime.errors import CheckpointError, ConfigError
+from llamax.runtime.errors import CheckpointError, DataError
 from llamax.runtime.logging import logger, shows_bars
 from llamax.runtime.progress import reported
 from llamax.runtime.units import amount, count, show_number
@@ -46,61 +46,13 @@ from llamax.training.metrics import (
     WandbWriter,
     Writer,
 )
+from llamax.training.parts import LLAMAX, Parts
 from llamax.training.recorder import Throughput
 from llamax.training.resolve import ResolvedRun
 from llamax.training.step import TrainState
 from llamax.training.step_check import SKIPPED_IN_A_ROW, SKIPPED_SINCE
 
-
-@dataclass(frozen=True)
-class Parts:
-    """What a program puts in the place of llamax's own parts.
-
-    ``model_class``: a subclass of Llama.  ``learning_rate``: the rate of a step, counted from 1.
-    """
-
-    model_class: type[Llama] = Llama
-    learning_rate: Callable[[int], float] | None = None
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for a part that is something else."""
-        kind, rate = self.model_class, self.learning_rate
-        if not (isinstance(kind, type) and issubclass(kind, Llama)):
-            name = kind.__name__ if isinstance(kind, type) else f"{kind!r:.40}"
-            raise ConfigError(
-                f"`model_class` is {name}, not a subclass of llamax.model.llama.Llama; give the "
-                "class itself, not a model made of it"
-            )
-        if rate is not None and not callable(rate):
-            raise ConfigError(
-                f"`learning_rate={rate!r:.40}` is no function of the step; give one, or a number "
-                'as optim={"lr": NUMBER}'
-            )
-
-    def rate(self, step: int) -> float:
-        """``learning_rate`` of a step; raises ConfigError for what is no rate."""
-        assert self.learning_rate is not None
-        try:
-            signature(self.learning_rate).bind(step)
-        except TypeError as error:
-            raise ConfigError(
-                f"`learning_rate` cannot be called with a step: {error}; define learning_rate(step)"
-            ) from None
-        except ValueError:
-            pass  # a function of C may have no signature
-        given = self.learning_rate(step)
-        try:
-            rate = float(given)
-        except (TypeError, ValueError):
-            rate = math.nan
-        if not 0 <= rate < math.inf:
-            raise ConfigError(
-                f"`learning_rate` gives {given!r:.40} for step {step}; return a number of 0 or more"
-            )
-        return rate
-
-
-LLAMAX = Parts()
+OF_QLORA = ("quant", "double_quant", "shard_base")  # settings of finetune
 REWINDS, TOKENS = "rewinds", "consumed_tokens"  # in the state of a checkpoint
 
 
@@ -322,14 +274,41 @@ def log_start(job: Job) -> None:
         )
     if job.adapters is not None:
         logger.info("%s", describe_finetune(config, mesh.tp, job.state.axes.data.size))
-    begins, prompted = job.dataset.train.header.bos_id, config.model.bos_token_id
+    for line in (*not_applied(config), *_begins_otherwise(job)):
+        logger.warning("%s", line)
+
+
+def not_applied(config: Config) -> Iterator[str]:
+    """The settings of adapters that are not the usual ones, and have no effect."""
+    method, usual = config.finetune.method, FinetuneConfig()
+    if method == "qlora":
+        return
+    names = [field.name for field in fields(usual) if field.name != "method"]
+    for name in names if method == "full" else OF_QLORA:
+        value = getattr(config.finetune, name)
+        if value != getattr(usual, name):
+            use = "qlora" if name in OF_QLORA else "lora or qlora"
+            yield (
+                f"finetune.{name}={value} has no effect with finetune.method={method}; it is of "
+                f"finetune.method={use}"
+            )
+
+
+def _begins_otherwise(job: Job) -> Iterator[str]:
+    """A line where prompts will not begin as the documents of training do."""
+    config, dataset = job.config, job.dataset
+    begins, prompted = dataset.train.header.bos_id, config.model.bos_token_id
+    use = f"set model.bos_token_id={'none' if begins is None else begins}"
+    if dataset.tokenizer_path is not None:
+        with suppress(DataError):  # one that cannot be opened here decides nothing
+            prompted = begin_of_prompts(load_tokenizer(dataset.tokenizer_path), prompted)
+            no = "no-" if begins is None else ""
+            use = f"generate and evaluate with --{no}bos, or prepare the data with the other"
     if begins != prompted:
-        logger.warning(
-            "documents of %s begin with %s, but the model will be prompted with %s; set "
-            "model.bos_token_id=%s",
-            config.data.path,
-            *("no BOS token" if bos is None else f"BOS token {bos}" for bos in (begins, prompted)),
-            "none" if begins is None else begins,
+        names = ["no BOS token" if b is None else f"BOS token {b}" for b in (begins, prompted)]
+        yield (
+            f"documents of {config.data.path} begin with {names[0]}, but the model will be "
+            f"prompted with {names[1]}; {use}"
         )
 
 

@@ -25,7 +25,7 @@ from llamax.config.schema import Config
 from llamax.data.batch_plan import BatchPlan
 from llamax.data.dataset import open_dataset
 from llamax.data.loader import Loader
-from llamax.runtime.errors import ConfigError
+from llamax.runtime.errors import CheckpointError, ConfigError
 from llamax.runtime.process import run_main
 
 BASE = tiny(num_hidden_layers=1, max_position_embeddings=128, rope_theta=5e5)
@@ -128,6 +128,39 @@ def test_adapters_take_the_model_of_their_base(
     assert "there is no folder" in capsys.readouterr().err, "the weights are still needed"
     assert run_main(main, [*again, f"--checkpoint.init_from={home / 'moved'}"]) == 0
     assert recorded_config(home / "run/config.toml").model == BASE
+
+
+def test_another_base_of_a_run_that_goes_on_is_named(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llamax.train(sections(home))
+    capsys.readouterr()
+    llamax.train(sections(home, checkpoint={"init_from": "elsewhere"}, run={"steps": 9}))
+    says = f'checkpoint.init_from "{home / "base"}" -> "elsewhere" (not read by a run that '
+    assert f"{says}goes on)" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="resume=always is neither auto, intact, never nor a"):
+        llamax.train(sections(home, checkpoint={"resume": "always"}))
+
+
+def test_settings_of_adapters_without_adapters_are_named(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for finetune, words in (
+        (
+            {"r": 4},
+            "finetune.r=4 has no effect with finetune.method=full; it is of finetune.method",
+        ),
+        (
+            {"method": "lora", "quant": "int8"},
+            "finetune.quant=int8 has no effect with finetune.met",
+        ),
+        ({"method": "lora", "r": 4}, ""),
+    ):
+        run = {"folder": str(home / f"run-{len(words)}"), "steps": 1}
+        llamax.train(sections(home, finetune=finetune, run=run))
+        said = capsys.readouterr().err
+        assert words in said
+        assert ("has no effect" in said) == bool(words)
 
 
 def test_a_head_of_its_own_under_a_config_that_says_tied_is_kept(home: Path) -> None:

@@ -410,7 +410,12 @@ def test_a_taken_port_a_strange_folder_and_settings_are_refused_at_once(
         ([hub, "--connections=0"], "--connections=0 is too small"),
         ([hub, "--connections=99999999999"], "--connections=99999999999 takes up to"),
         ([hub, "--port=0", "--slots=999999999999"], "use a smaller --slots or --length"),
-        ([hub, f"--adapter=x={hub}"], "--adapter: x is no folder of adapters"),
+        ([hub, f"--adapter=x={hub}"], f"--adapter x: {hub} holds no adapters; serve it by"),
+        ([hub, "--adapter=x=nowhere"], "--adapter x: there is no folder nowhere; check the path"),
+        (
+            [hub, f"--adapter=x={poet}", f"--adapter=x={judge}"],
+            f"--adapter x is {poet} and {judge}; give it once",
+        ),
         ([poet, f"--adapter=judge={judge}"], "needs a whole model"),
         ([hub, f"--adapter=hub={judge}"], "is the name of the model itself"),
         ([hub, f"--api-key-file={tmp_path / 'keys'}"], "holds no key"),

@@ -26,7 +26,7 @@ from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.tools.audit.auditor import audit_run
 from llamax.train import train as train_program
-from llamax.training.setup import Parts
+from llamax.training.parts import Parts
 
 MESHES = [(Mesh(tp=2, dp=2), 1), (Mesh(dp=4), 0), (Mesh(dp=4), 2), (Mesh(dp=2, tp=2), 3)]
 

@@ -219,6 +219,13 @@ class SentencePiece:
 
 
 @without_gc()
+def begin_of_prompts(tokenizer: Tokenizer, model_bos: int | None) -> int | None:
+    """The token with which prompts begin by themselves, or None; ``model_bos``: the model's BOS."""
+    if not tokenizer.adds_bos:
+        return None
+    return model_bos if tokenizer.bos_id is None else tokenizer.bos_id
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer from a file, from a folder with one, or from a repository of the Hub.
 

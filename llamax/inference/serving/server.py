@@ -18,7 +18,7 @@ from llamax.inference.serving.scheduler import Scheduler
 from llamax.inference.serving.service import Served, Service
 from llamax.model import int8
 from llamax.parallel.rendezvous import Rendezvous
-from llamax.runtime.errors import BackendError, ConfigError, DataError
+from llamax.runtime.errors import BackendError, CheckpointError, ConfigError, DataError
 from llamax.runtime.files import read_input
 from llamax.runtime.logging import logger
 from llamax.runtime.progress import reported
@@ -118,8 +118,11 @@ def serve(
     name = settings.name or Path(model).resolve().name
     if name in (adapters or {}):
         raise ConfigError(f"`adapter`: {name} is the name of the model itself; choose another")
-    if whole := [key for key, folder in (adapters or {}).items() if not is_adapter(Path(folder))]:
-        raise ConfigError(f"`adapter`: {whole[0]} is no folder of adapters; serve it by itself")
+    for key, folder in (adapters or {}).items():
+        if not Path(folder).is_dir():
+            raise CheckpointError(f"`adapter` {key}: there is no folder {folder}; check the path")
+        if not is_adapter(Path(folder)):
+            raise ConfigError(f"`adapter` {key}: {folder} holds no adapters; serve it by itself")
     tuned = {
         key: open_model(Path(folder), str(tokenizer), str(loaded.source.folder))
         for key, folder in (adapters or {}).items()

@@ -65,6 +65,9 @@ def write(folder: Path, **changes: Any) -> str:
         ),
         (["--on", "torchrun", "--node", "4"], "--node=4 is out of range; use 0 to 3"),
         (["--on", "torchrun", "--node", "-1"], "--node=-1 is out of range; use 0 to 3"),
+        (["--on", "torchrun", "--node", "4", "--render"], "--node=4 is out of range; use 0 to 3"),
+        (["--on", "k8s", "--node", "1"], "--node=1 is for starting with --on torchrun, whose"),
+        (["--on", "torchrun", "--action", "logs", "--node", "1"], "--node=1 is for starting with"),
         (["--on", "torchrun"], "--node is missing: 4 nodes each run this command with their own"),
     ],
 )

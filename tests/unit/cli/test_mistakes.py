@@ -6,6 +6,7 @@ import pytest
 
 from llamax.__main__ import dispatch
 from llamax.cli import train
+from llamax.runtime.process import run_main
 
 LAST = "a name that begins with - stands last, after --"
 
@@ -79,6 +80,28 @@ def test_a_mistake_in_an_option_of_train(
         train.main(words.split())
     assert end.value.code == 2
     assert capsys.readouterr().err.startswith(f"llamax train: {message}")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "prepare x --out o --tokenizer t --template dolly --field answer=a --field answer=b",
+            "--field answer is a and b; give it once",
+        ),
+        ("evaluate hub --test-file x --field answer=a --field answer=b", "--field answer is a and"),
+        ("generate hub --field answer=a --field answer=b", "--field answer is a and b; give it on"),
+        ("generate hub --greedy --top-p 0.5", "--greedy draws nothing, and --top-p is of drawing"),
+        ("generate hub --greedy --temperature 1", "--greedy draws nothing, and --temperature is"),
+    ],
+)
+def test_options_that_contradict_each_other(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(dispatch, words.split()) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"llamax: {message}")
+    assert line.count("\n") == 1
 
 
 def test_a_name_after_two_dashes_is_a_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,6 +80,12 @@ def test_datasets_are_named_as_fsspec_names_them(text: str) -> None:
         ("hf://org/name@%2e%2e", "model", "names no repository"),
         ("hf://datasets/org/name", "model", "names a dataset, and a model is needed: hf://org/na"),
         ("hf://org/name", "dataset", "names a model, and a dataset is needed: hf://datasets/org"),
+        (
+            "hf://datasets/squad",
+            "dataset",
+            "no repository of the Hub; write hf://datasets/org/name",
+        ),
+        ("hf://models/name", "model", "names no repository of the Hub; write hf://org/name@REVI"),
         ("hf://org/name/config.json", "model", "names a file of a repository; write hf://org/name"),
     ],
 )

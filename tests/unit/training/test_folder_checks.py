@@ -73,6 +73,25 @@ def test_a_run_is_known_by_what_it_has_written(tmp_path: Path, sign: str) -> Non
     check_run_folder(tmp_path)
 
 
+def test_what_stands_in_the_way_of_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "unmounted" / "run")
+    for name, words in (
+        ("file", f"{tmp_path / 'file'} is a file; set run.folder to another folder"),
+        ("file/run", f"{tmp_path / 'file'} is a file; set run.folder to another folder"),
+        ("link", f"link is a link to {tmp_path / 'unmounted' / 'run'}, which is not there (is"),
+        ("link/run/a", f"link is a link to {tmp_path / 'unmounted' / 'run'}, which is not there"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            check_run_folder(tmp_path / name)
+        assert f"run.folder={tmp_path / name} cannot be made: " in str(refused.value)
+        assert words in str(refused.value)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "good").symlink_to(tmp_path / "there")
+    check_run_folder(tmp_path / "good")
+    check_run_folder(tmp_path / "good" / "run" / "deep")
+
+
 def test_a_link_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "disk").mkdir()
     run = tmp_path / "run"

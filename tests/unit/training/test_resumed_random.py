@@ -19,8 +19,9 @@ from llamax.parallel.collectives import Axes, Solo
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.train import train
 from llamax.training.inputs import open_inputs
+from llamax.training.parts import Parts
 from llamax.training.resolve import resolve
-from llamax.training.setup import Parts, prepare
+from llamax.training.setup import prepare
 
 
 @pytest.fixture

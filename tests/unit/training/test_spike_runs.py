@@ -17,7 +17,7 @@ from llamax.config.schema import Config
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import NotFinite
 from llamax.train import train
-from llamax.training.setup import Parts
+from llamax.training.parts import Parts
 
 SPIKES = (11, 17, 18, 25)
 STEPS = 30

@@ -14,7 +14,7 @@ from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime import progress
 from llamax.runtime.logging import logger, setup_logging
 from llamax.train import train
-from llamax.training.setup import Parts
+from llamax.training.parts import Parts
 
 
 class Awaited(logging.Handler):
