@@ -179,7 +179,7 @@ def open_inputs(config: Config) -> Inputs:
             found = newest_intact(folder)
         resumed = None if found is None else Checkpoint(found)
     elif checkpoint.resume != "never":
-        if not Path(checkpoint.resume).is_dir():
+        if "/" not in checkpoint.resume and not Path(checkpoint.resume).is_dir():
             raise CheckpointError(
                 f"checkpoint.resume={checkpoint.resume} is neither auto, intact, never nor a "
                 "folder; write one of these"
