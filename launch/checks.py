@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from shlex import quote
 
-from llamax.launch import cluster_checks, image, prepare, sagemaker, sagemaker_serve, serving
+from llamax.launch import cluster_checks, image, prepare, sagemaker, sagemaker_serve, serving, slurm
 from llamax.launch.environment import RESERVED
 from llamax.launch.jobfile import JobFile
 from llamax.runtime.errors import ConfigError
@@ -241,6 +241,8 @@ def _slurm(job: JobFile) -> Iterator[str]:
         yield (
             f"slurm.time_limit={job.slurm.time_limit!r} is not a time; use 2-00:00:00 for two days"
         )
+    elif 0 < (limit_s := slurm.seconds(job.slurm.time_limit)) <= job.slurm.signal_s:
+        yield f"slurm.signal_s={job.slurm.signal_s} is not below slurm.time_limit, {limit_s} s"
     if not SLURM_PATH.fullmatch(job.folder):
         yield (
             f"storage.folder={job.folder!r} has characters that #SBATCH lines cannot have; use "

@@ -82,6 +82,17 @@ exit "$code"
 """
 
 
+def seconds(limit: str) -> int:
+    """A time limit in Slurm's forms (MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS); empty: 0."""
+    days, dash, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":") if part]
+    if dash:
+        scale = (3600, 60, 1)
+    else:
+        scale = (3600, 60, 1) if len(parts) == 3 else (60, 1, 1)
+    return int(days or 0) * 86400 + sum(map(int.__mul__, parts, scale))
+
+
 def log(job: JobFile, phase: str, number: str) -> str:
     """The path of a log; ``number``: the number of the Slurm job."""
     return f"{job.folder.rstrip('/')}/{name(job, phase)}-{number}.log"

@@ -146,7 +146,10 @@ def make_folder(folder: Path) -> None:
     """Create a folder unless it exists; LinkError if a link has its name."""
     if folder.is_symlink():
         raise LinkError(f"{folder} is a link to {os.readlink(folder)}; remove it")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:  # its parents are made, so it is the file system that refuses
+        raise PermissionError(errno.EPERM, "no folder can be made there", str(folder)) from None
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -327,6 +327,8 @@ def test_bad_options(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         "train[:x]",
     )
     refused(r"train\[9:\] leaves no row of 4", tmp_path, *with_template, "--split", "train[9:]")
+    refused("without a split dev; leave", tmp_path, *with_template, "--split", "dev[:10%]")
+    refused("is given twice; leave one out", tmp_path, table, *with_template)
     refused(
         "holds no rows of split dev",
         tmp_path,

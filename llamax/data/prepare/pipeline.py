@@ -152,6 +152,8 @@ def prepare(
     began = time.perf_counter()
     sources = [inputs] if isinstance(inputs, str | Path) else [*inputs]
     _check_paths(out, tokenizer, train_tokenizer)
+    if twice := [path for path in sources if sources.count(path) > 1]:
+        raise DataError(f"{twice[0]}: is given twice; leave one out")
     _check_ranges(validation, train_tokenizer, workers, limit, max_document)
     if template and format == "megatron":
         raise DataError(

@@ -96,6 +96,11 @@ def plan_tables(
                     f"{path}: is not a table of rows; give a .jsonl, .json, .csv, .tsv, .parquet "
                     "or .arrow"
                 )
+            if name not in ("", "train") and name not in path.name:
+                raise DataError(
+                    f"{path}: is one file, without a split {name}; leave the name out, or give a "
+                    "folder or a Hub dataset with splits"
+                )
             chosen = [path]
         elif (on_hub := hub_name(source, "dataset")) is not None:
             chosen = dataset_on_hub(on_hub, name)[name or "train"]

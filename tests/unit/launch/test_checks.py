@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.launch_jobs import job
 
-from llamax.launch import kubernetes
+from llamax.launch import kubernetes, slurm
 from llamax.launch.checks import problems
 from llamax.launch.render import PHASES
 from llamax.runtime.errors import ConfigError
@@ -88,6 +88,11 @@ def test_all_problems_are_reported_together() -> None:
             "slurm",
             {"slurm__time_limit": "2 days"},
             "slurm.time_limit='2 days' is not a time; use 2-",
+        ),
+        (
+            "slurm",
+            {"slurm__time_limit": "00:10:00"},
+            "slurm.signal_s=600 is not below slurm.time_limit, 600 s",
         ),
         (
             "slurm",
@@ -292,3 +297,20 @@ def test_a_manifest_is_block_style_without_anchors_and_scripts_are_literal_block
         'limits:\n  gpu: "8"\nrequests:\n  gpu: "8"\n'
         "command:\n  - bash\n  - |\n    cd x\n\n    ls\ne: {}\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        ("", 0),
+        ("0", 0),
+        ("90", 5400),
+        ("1:30", 90),
+        ("01:00:05", 3605),
+        ("2-3", 183600),
+        ("1-0:1", 86460),
+        ("2-00:00:01", 172801),
+    ],
+)
+def test_a_limit_of_slurm_in_seconds(limit: str, expected: int) -> None:
+    assert slurm.seconds(limit) == expected

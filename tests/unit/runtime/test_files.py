@@ -8,6 +8,7 @@ import logging
 import os
 import stat
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -157,6 +158,9 @@ def test_a_link_is_no_folder(tmp_path: Path) -> None:
         make_folder(tmp_path / "link")
     make_folder(tmp_path / "a" / "b")
     make_folder(tmp_path / "a" / "b")
+    if sys.platform == "linux":  # /proc makes no folders, and says that one is missing
+        with pytest.raises(PermissionError, match="no folder can be made there: '/proc/llamax"):
+            make_folder(Path("/proc/llamax/run"))
     with pytest.raises(FileExistsError):
         make_folder(make_file(tmp_path / "file"))
 
