@@ -59,6 +59,7 @@ def saved_steps(folder: Path) -> list[int]:
     ("every", "minutes", "expected"),
     [
         (0, 0.0, [12]),
+        (0, 1.0, [2, 4, 6, 8, 10, 12]),  # asked in 1, and in the step after each save
         (0, 2.0, [3, 6, 9, 12]),  # asked in 2, 5, ... and read in the step after
         (0, 60.0, [12]),
         (2, 2.0, [2, 4, 6, 8, 10, 12]),  # asked in 2 and answered by the save of that step

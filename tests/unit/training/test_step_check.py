@@ -90,6 +90,13 @@ def test_a_bad_step_can_ask_to_stop_as_well() -> None:
     assert judge.check()
 
 
+def test_an_overflow_can_ask_to_stop_as_well() -> None:
+    judge, asked = verdict(3), overflow(1, 64.0)
+    asked.requests = torch.tensor(1.0)
+    judge.add(asked)
+    assert judge.add(step(2))
+
+
 def test_an_overflow_that_a_smaller_loss_scale_cures_is_not_counted(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
