@@ -9,6 +9,7 @@ busiest rank.  Memory is VmHWM of the largest rank, imports and the interpreter 
 
     zero        the 57 M Llama (8 layers, 32000 rows), 4 sequences of 512: ZeRO-3, DDP, FSDP2
     zero-fair   the same, with our fused AdamW and settings of the heap for DDP and FSDP2
+    hybrid      the same Llama on 4 ranks, cut over 2 of them: ZeRO-2 and 3, FSDP2 on a 2 x 2 mesh
     pipeline    16 layers and 4096 rows, 8 microbatches of 1 x 512: two stages, data 2, torch's
     context-N   8 layers and 4096 rows, one sequence of 1024 x N tokens over N = 2, 4 or 8 ranks:
                 keys and values gathered, and passed around a ring
@@ -42,6 +43,14 @@ def contenders(section: str) -> tuple[str, dict[str, Job]]:
             "DDP": Job(ddp, **TWO, **fair),
             "FSDP2": Job(fsdp2, **TWO, **fair),
             "FSDP2, recompute": Job(fsdp2, recompute="full", **TWO, **fair),
+        }
+    if section == "hybrid":
+        four = {"ranks": 4, "threads": 1, "recompute": "full"}
+        return "FSDP2, 2 x 2", {
+            "llamax, ZeRO-3": Job(ours, zero=3, **four),
+            "llamax, ZeRO-3 over 2": Job(ours, zero=3, zero_ranks=2, **four),
+            "llamax, ZeRO-2 over 2": Job(ours, zero=2, zero_ranks=2, **four),
+            "FSDP2, 2 x 2": Job(fsdp2, zero_ranks=2, **four, **FAIR),
         }
     if section.startswith("context"):
         ranks = int(section.removeprefix("context-"))
@@ -104,7 +113,13 @@ def race(section: str, steps: int, only: str, layers: int, smallest: bool) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    sections = ["zero", "zero-fair", "pipeline", *(f"context-{ranks}" for ranks in (2, 4, 8))]
+    sections = [
+        "zero",
+        "zero-fair",
+        "hybrid",
+        "pipeline",
+        *(f"context-{ranks}" for ranks in (2, 4, 8)),
+    ]
     parser.add_argument("sections", nargs="*", help=f"of {' '.join(sections)}; all by default")
     parser.add_argument("--steps", type=int, default=8, help="steps of each, two of them warm-up")
     parser.add_argument("--only", default="", help="contenders whose name has this part")

@@ -41,6 +41,7 @@ class Job:
     chunk_tokens: int = 0
     bucket_bytes: int = 0
     zero: int = 1
+    zero_ranks: int = 0
     pipeline: int = 1
     context: int = 1
     context_by: str = "gather"

@@ -25,7 +25,9 @@ def train(job: Job) -> Step:
     where = Rendezvous(job.rank, job.ranks, job.rank, job.ranks, port=job.port)
     backend = choose("cpu", where, job.threads)
     axes = _open.enter_context(
-        backend.joined(Mesh(job.tensor, job.data, job.context, job.pipeline), 300.0)
+        backend.joined(
+            Mesh(job.tensor, job.data, job.context, job.pipeline, shard=job.zero_ranks), 300.0
+        )
     )
     model = Llama(
         job.model,

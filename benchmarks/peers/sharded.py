@@ -44,7 +44,10 @@ def fsdp2(job: Job) -> Step:
     """fully_shard of each layer, the embedding and the head, as torch's tutorial does it."""
     job.join()
     model = bare(job)
-    mesh = init_device_mesh("cpu", (job.ranks,))
+    cut = job.zero_ranks or job.ranks
+    shape, names = (job.ranks // cut, cut), ("replicate", "shard")
+    whole = cut == job.ranks
+    mesh = init_device_mesh("cpu", shape[whole:], mesh_dim_names=names[whole:])
     for module in (model.model.embed_tokens, *model.model.layers, model.lm_head, model):
         fully_shard(module, mesh=mesh)
     return job.loop(model, model)

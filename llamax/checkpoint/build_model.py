@@ -76,7 +76,7 @@ def build_model(
         stage["stage"] = layers_of(*axes.pp, counts)
     spread = config.parallel.zero == 3
     as_llama = model_class.__init__ is Llama.__init__ and model_class.init is Llama.init
-    unmade = finetune.method == "qlora" or (spread and axes.data.size > 1 and as_llama)
+    unmade = finetune.method == "qlora" or (spread and axes.shard.size > 1 and as_llama)
     like = torch.empty(0, dtype=DTYPES[config.run.dtype], device=device)
     options: dict[str, Any] = {
         "sequence_parallel": config.parallel.sequence,
@@ -94,7 +94,7 @@ def build_model(
     if unmade and finetune.method == "full":
         make_weights(model, model.sharded_parameters().layers.keys(), like)
     if first is not None or finetune.method != "full":
-        load_base(model, first, finetune, like, axes.data, seed, spread)
+        load_base(model, first, finetune, like, axes.shard, seed, spread)
     elif fresh:
         model.init(seed)
     return model
@@ -165,7 +165,7 @@ def load_base(
     source: Source | None,
     finetune: FinetuneConfig,
     like: Tensor,
-    data: Axis,
+    shard: Axis,
     seed: int = 0,
     spread: bool = False,
 ) -> None:
@@ -173,11 +173,11 @@ def load_base(
 
     ``like`` has the dtype and device of the model.  The base of qlora goes from the files into its
     quantised form a tensor at a time.  With ``spread`` the projections of a dense base are cut over
-    the ranks of ``data`` as well.  Both take a model that was built on the meta device, and others.
-    Without a ``source`` all is there but the base's values.
+    the ranks of ``shard`` as well.  Both take a model that was built on the meta device, and
+    others.  Without a ``source`` all is there but the base's values.
     """
     parameters = model.sharded_parameters()
-    quantised, spread = finetune.method == "qlora", spread and data.size > 1
+    quantised, spread = finetune.method == "qlora", spread and shard.size > 1
     if finetune.method != "full":
         cut = quantised or spread
         make_weights(model, [n for n in parameters.layers if cut and ".layers." in n], like)
@@ -190,8 +190,8 @@ def load_base(
 
     def keep(name: str, layer: lora.Linear) -> nn.Parameter | Store:
         if quantised:
-            return store_weights(name, layer, weights, finetune, codes_like, data)
-        return SpreadWeight(layer.weight, data, trained=False) if spread else layer.weight
+            return store_weights(name, layer, weights, finetune, codes_like, shard)
+        return SpreadWeight(layer.weight, shard, trained=False) if spread else layer.weight
 
     lora.adapt(model, finetune, like, seed, keep)
     lora.init(model, seed)
@@ -328,6 +328,6 @@ def load_tuned(
     at = "meta" if found.finetune.method == "qlora" else device
     model = Llama(ModelConfig.from_hub(frozen.model), tp, dtype=kind, device=at)
     like = torch.empty(0, dtype=kind, device=device)
-    load_base(model, frozen, found.finetune, like, Solo("data", device))
+    load_base(model, frozen, found.finetune, like, Solo("shard", device))
     load_weights(source, model.sharded_parameters().trained(), convert=True)
     return model

@@ -13,7 +13,8 @@
     rank 0      waits for the files of all ranks -> rename to step-00000100/hub
 
 Ranks agree over the file system, so that no collective runs beside training's.  What replicates is
-written once: by the first tensor rank that holds it, and by the data rank that owns the run.
+written once: by the first tensor rank that holds it, and by the data rank that owns the run; of
+several that own it, each writes an equal part.
 """
 
 from __future__ import annotations
@@ -93,9 +94,9 @@ class Saver:
 
     ``parameters`` say what the names in ``Owned`` mean; Parameters that are frozen by now, which
     nobody owns, are kept as weights alone.  ``config`` says which checkpoints stay and whether
-    files are written in the background.  With ``zero`` 0 every data rank owns everything, and
-    writes an equal share.  ``timeout_s``: how long rank 0 waits for the files of the others.
-    ``barrier``: how ranks meet, unless by a collective.
+    files are written in the background.  Ranks that own the same, all data ranks with ``zero`` 0,
+    write an equal share of it each.  ``timeout_s``: how long rank 0 waits for the files of the
+    others.  ``barrier``: how ranks meet, unless by a collective.
     At most one save is in flight; what goes wrong in it is raised by the next call of any method.
     """
 
@@ -118,6 +119,7 @@ class Saver:
             if isinstance(tensor, Parameter) and not tensor.requires_grad
         }
         self.axes, self.tp, self.data, self.pp = axes, axes.tp, axes.data, axes.pp
+        self.shard, self.replica = axes.owners(zero)
         self.rank_name = files.rank_name(axes.tp.rank, axes.data.rank, axes.pp)
         self.zero, self.timeout_s = zero, timeout_s
         self._thread: threading.Thread | None = None
@@ -210,19 +212,19 @@ class Saver:
         context = {"context": self.axes.cp.size} if self.axes.cp.size > 1 else {}
         pipeline = {"pipeline": self.pp.size} if self.pp.size > 1 else {}
         data = self.axes.dp.size
-        return {"tensor": self.tp.size, **context, **pipeline, "data": data, "zero": self.zero}
+        found = {"tensor": self.tp.size, **context, **pipeline, "data": data, "zero": self.zero}
+        return {**found, "zero_ranks": self.shard.size} if self.axes.group is not None else found
 
     def _kept(self, owned: Iterable[Owned]) -> list[Kept]:
         """The runs that this rank writes, of ``owned`` and of the frozen parameters."""
-        frozen = self.frozen if self.data.rank == 0 or not self.zero else {}
+        frozen = self.frozen if self.shard.rank == 0 else {}
         unowned = (Whole(name, tensor.detach().view(-1)) for name, tensor in frozen.items())
         elsewhere = self.parameters.tied if self.pp.rank else ()  # the first stage keeps these
         kept = []
         for owner in (one for one in (*owned, *unowned) if one.name not in elsewhere):
             shape, flat = self.parameters[owner.name].tensor.shape, owner.tensor
-            low, high = 0, len(flat)
-            if not self.zero:
-                low, high = (len(flat) * (self.data.rank + i) // self.data.size for i in (0, 1))
+            rank, ranks = self.replica.rank, self.replica.size
+            low, high = (len(flat) * (rank + i) // ranks for i in (0, 1))
             cuts = {part.name: part.how for part in self.parameters.parts(owner.name)}
             for name, run, at in slices(self.parameters, owner.name, owner.start + low, high - low):
                 if is_writer(cuts[name], self.tp.size, self.tp.rank):

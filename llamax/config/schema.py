@@ -32,6 +32,7 @@ from llamax.config.types import (
     Positive,
     SpikeWindow,
     StateBits,
+    ZeroRanks,
     ZeroStage,
     walk,
 )
@@ -65,6 +66,9 @@ class ParallelConfig:
     zero: ZeroStage = 1
     """ZeRO stage, what is cut over the data ranks: 1 optimizer state, 2 also gradients, 3 also
     weights; 0: nothing."""
+    zero_ranks: ZeroRanks = 0
+    """Data and context neighbours that ZeRO cuts over, a node's say, with the same again in every
+    such group; 0: all of them [ranks]."""
     bucket_bytes: Count = 16 * 2**20
     """Size of the gradients reduced in one collective [bytes]."""
 

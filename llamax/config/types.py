@@ -36,6 +36,7 @@ class Range:
 Count = Annotated[int, Range("1 or more", lambda n: n >= 1)]
 Natural = Annotated[int, Range("0 or more", lambda n: n >= 0)]
 ZeroStage = Annotated[int, Range("0, 1, 2 or 3", lambda n: 0 <= n <= 3)]
+ZeroRanks = Annotated[int, Range("0, or 2 or more", lambda n: n == 0 or n >= 2)]
 SpikeWindow = Annotated[int, Range("16 to 65536", lambda n: 16 <= n <= 65536)]
 StateBits = Annotated[int, Range("8 or 32", lambda n: n in (8, 32))]
 Positive = Annotated[float, Range("a number above 0", lambda x: x > 0)]

@@ -17,7 +17,7 @@ from llamax.backends.transfer import at_home, settle
 from llamax.config.constants import STATE_BLOCK
 from llamax.optim.blockwise import Blockwise
 from llamax.optim.buckets import Piece, Segment, buckets, padded, pieces, shared_spans
-from llamax.parallel.collectives import Axes
+from llamax.parallel.collectives import Axes, Axis
 from llamax.parallel.weight_gradient import GradientSum
 
 Kind = Literal["weight", "master", "exp_avg", "exp_avg_sq"]
@@ -136,7 +136,7 @@ class FlatBucket(Bucket):
 class Group:
     """Parameters that are treated alike, in one flat vector."""
 
-    reduced = False  # whether gradients are summed over the data ranks as backward makes them
+    reduced = False  # whether gradients are summed over ``shard`` as backward makes them
     spread = False  # whether weights are runs, gathered when they are used
 
     def __init__(
@@ -145,12 +145,12 @@ class Group:
         members: Mapping[str, Parameter],
         counted: list[Segment],
         axes: Axes,
-        sharded: bool,
+        shard: Axis,
         bucket_bytes: int,
     ) -> None:
         self.key, self.names, self.parameters = key, list(members), list(members.values())
         self.lengths = [parameter.numel() for parameter in self.parameters]
-        ranks, rank = (axes.data.size, axes.data.rank) if sharded else (1, 0)
+        ranks, rank = shard.size, shard.rank
         unit = ranks * key.unit
         self.length = padded(sum(self.lengths), unit)
         self.weights = self._flat_weights(axes)
@@ -291,7 +291,7 @@ class Group:
             parameter.grad = None
 
     def owned(self, rank: int) -> Iterator[Owned]:
-        """The runs that this rank, ``rank`` of the data ranks, owns."""
+        """The runs that this rank, ``rank`` of those of ``shard``, owns."""
         if self.key.offload:
             settle(self.device)
         for bucket in self.buckets:

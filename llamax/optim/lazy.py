@@ -113,7 +113,7 @@ class LazyGroup:
             gradient.zero_()
 
     def owned(self, rank: int) -> Iterator[Owned]:
-        """Host copies of the runs that this rank, ``rank`` of the data ranks, owns: for saving."""
+        """Host copies of the runs that this rank, ``rank`` of ``shard``, owns: for saving."""
         for bucket in self.buckets:
             master, exp_avg, exp_avg_sq = (
                 tensor.cpu()
@@ -141,7 +141,7 @@ class _LazyRuns(LazyGroup):
     reduced = True
 
     def __init__(self, group: ReducedGroup | SpreadGroup, device: torch.device | str) -> None:
-        self.data, self.shares, self.gradients = group.data, group.shares, list[Tensor]()
+        self.shard, self.shares, self.gradients = group.shard, group.shares, list[Tensor]()
         super().__init__(group, device)
 
     def _moved(self, bucket: FlatBucket, device: torch.device | str) -> Bucket:
@@ -182,13 +182,13 @@ class LazyReducedGroup(_LazyRuns):
                         self._send(bucket, parts)
 
     def _send(self, bucket: Bucket, parts: dict[int, Tensor]) -> None:
-        """Add the bucket's run of the sum over the data ranks to the gradient."""
+        """Add the bucket's run of the sum over ``shard`` to the gradient."""
         run = self.gradient_of(bucket)
         whole = [
             parts[at] if at in parts else run.new_zeros(stop - start)
             for at, start, stop in bucket.pieces
         ]
-        run.add_(self.data.reduce_scatter(self._joined(bucket, whole), 0))
+        run.add_(self.shard.reduce_scatter(self._joined(bucket, whole), 0))
         parts.clear()
 
     def finish_gradients(self) -> None:

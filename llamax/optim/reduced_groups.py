@@ -7,6 +7,7 @@
              [ run ] ── gather ──> used in forward ── dropped, gathered again in backward
 
 Rajbhandari et al. 2020, sections 5.2 and 5.3.  Each microstep sends what ZeRO-1 sends once a step.
+Runs that several ranks keep are summed over these once a step, as in ZeRO-1.
 ``llamax.parallel.spread`` gathers the weights of ZeRO-3.
 """
 
@@ -21,13 +22,13 @@ from torch.nn import Parameter
 
 from llamax.optim.buckets import Segment
 from llamax.optim.groups import Group, Key
-from llamax.parallel.collectives import Axes
+from llamax.parallel.collectives import Axes, Axis
 from llamax.parallel.sharding import Storing
 from llamax.parallel.spread import Placeholder, SpreadWeight
 
 
 class ReducedGroup(Group):
-    """A group whose gradients are summed over the data ranks in backward, each keeping its runs.
+    """A group whose gradients are summed over ``shard`` in backward, each rank keeping its runs.
 
     A bucket is sent when backward has made the gradients of all its members.  Until then they stay
     in ``parameter.grad``, which holds what is not sent yet.
@@ -41,10 +42,11 @@ class ReducedGroup(Group):
         members: Mapping[str, Parameter],
         counted: list[Segment],
         axes: Axes,
+        shard: Axis,
         bucket_bytes: int,
     ) -> None:
-        self.data = axes.data
-        super().__init__(key, members, counted, axes, True, bucket_bytes)
+        self.shard = shard
+        super().__init__(key, members, counted, axes, shard, bucket_bytes)
         self._buckets_of: list[list[int]] = [[] for _ in self.parameters]
         for number, bucket in enumerate(self.buckets):
             for piece in bucket.pieces:
@@ -67,10 +69,10 @@ class ReducedGroup(Group):
 
     @torch.no_grad()
     def _send(self, number: int) -> None:
-        """Add the bucket's run of the sum over the data ranks to the gradient."""
+        """Add the bucket's run of the sum over ``shard`` to the gradient."""
         bucket, unsent = self.buckets[number], self._unsent[number]
         assert bucket.gradient is not None
-        whole = bucket.gradient.new_zeros(len(bucket.gradient) * self.data.size)
+        whole = bucket.gradient.new_zeros(len(bucket.gradient) * self.shard.size)
         offset = 0
         for member, start, stop in bucket.pieces:
             if member in unsent:
@@ -82,7 +84,7 @@ class ReducedGroup(Group):
             offset += stop - start
         unsent_members = [*unsent]
         unsent.clear()
-        bucket.gradient.add_(self.data.reduce_scatter(whole, 0))
+        bucket.gradient.add_(self.shard.reduce_scatter(whole, 0))
         for member in unsent_members:
             if not any(member in self._unsent[other] for other in self._buckets_of[member]):
                 self.parameters[member].grad = None
@@ -100,7 +102,7 @@ class ReducedGroup(Group):
 
 
 class SpreadGroup(Group):
-    """The weight of one layer, a run on each data rank, which the layer gathers when it is used.
+    """The weight of one layer, a run on each rank of ``shard``, which the layer gathers in use.
 
     The parameter becomes a placeholder, if it is not yet.
     """
@@ -116,10 +118,10 @@ class SpreadGroup(Group):
         counted: list[Segment],
         axes: Axes,
     ) -> None:
-        self.data = axes.data
-        self.store = SpreadWeight(weight, axes.data, trained=True, unit=key.unit)
-        whole_bytes = 4 * (weight.numel() + axes.data.size * key.unit)  # one bucket
-        super().__init__(key, {name: weight}, counted, axes, True, whole_bytes)
+        self.shard = shard = axes.shard
+        self.store = SpreadWeight(weight, shard, trained=True, unit=key.unit)
+        whole_bytes = 4 * (weight.numel() + shard.size * key.unit)  # one bucket
+        super().__init__(key, {name: weight}, counted, axes, shard, whole_bytes)
         layer.store = self.store
         Placeholder.replace(weight, name)
 

@@ -6,13 +6,14 @@ A step, the same on one rank as on thousands::
 
     0  embeddings that are tied over the first and last stage of a pipeline: sum both   (ends)
     1  key/value heads held by several tensor ranks: sum the parts of their gradient    (kv)
-    2  bucket by bucket, sum gradients over the data ranks, each rank keeping its run   (data)
+    2  bucket by bucket, sum gradients over the data ranks, each rank keeping its run   (shard)
+       and over the ranks that keep the same run, if there are several                  (replica)
     3  replicas with a different gradient on each rank: sum those gradients             (tp)
     4  the norm of the whole model's gradient, every element counted once               (world)
     5  clip; where the norm is not accepted, because it is not finite or an outlier, nothing below
        changes anything
     6  AdamW on the owned runs
-    7  bucket by bucket, gather the new weights of all runs                             (data)
+    7  bucket by bucket, gather the new weights of all runs                             (shard)
 
 Parameters are grouped by dtype, by decay (matrices, embeddings among them, decay; vectors, which
 are norms, do not) and by how the norm counts them.  Weights are views of their group's flat vector,
@@ -24,7 +25,11 @@ float32 gradients that are never sent stay in ``parameter.grad``, and take no me
 On eager devices the products of layers add to these sums themselves
 (``llamax.parallel.weight_gradient``).
 
-Bytes a rank holds for n elements of width w over d data ranks::
+The data ranks own one run each, or, with ``parallel.zero_ranks``, groups of neighbours do, and
+each group owns everything (hybrid sharding: Zhao et al. 2023, section 3.2.2).  Then all that goes
+on in a microstep stays in a group, a node say, and groups meet once a step, over reduced runs.
+
+Bytes a rank holds for n elements of width w over d data ranks, or those of a group::
 
     n w + 4 n + 8 n / d      float32; without the 4 n where no gradient is sent
     n w + 4 n + 12 n / d     narrower: masters as well
@@ -33,10 +38,11 @@ Bytes a rank holds for n elements of width w over d data ranks::
 With ``optim.state_bits`` 8 the 8 n of the moments are 2 n and 1/32 n; with ``optim.offload``
 moments and masters lie in host memory, and pass through the device bucket by bucket in step 6.
 
-Here n is each group padded to a multiple of d; elements whose weight in the norm differs within a
-parameter cost 4 n / d more.  Without ZeRO d is 1 and step 2 leaves all ranks the whole sum.  In
-ZeRO-2 and 3 step 2 happens in backward, and in ZeRO-3 layers gather their weights themselves, in
-place of step 7 (``llamax.optim.reduced_groups``).  Replicas are treated as in ZeRO-1.
+Here n is each flat vector padded to a multiple of d; elements whose weight in the norm differs
+within a parameter cost 4 n / d more.  Without ZeRO d is 1 and step 2 leaves all ranks the whole
+sum.  In ZeRO-2 and 3 its first sum happens in backward, and in ZeRO-3 layers gather their weights
+themselves, in place of step 7 (``llamax.optim.reduced_groups``).  Parameters that every tensor rank
+holds are treated as in ZeRO-1.
 
 No Python number that depends on the rank or the step enters a step: one graph serves all.
 """
@@ -102,7 +108,7 @@ class Zero:
         undeclared: Collection[str] = (),
     ) -> None:
         self.optim, self.axes, degree = optim, axes, parameters.degree
-        self.sharded = zero > 0 and axes.data.size > 1
+        self.shard, self.replica = axes.owners(zero)
         members: dict[Key, dict[str, Parameter]] = {}
         seen: set[int] = set()  # tied weights are one parameter with two names
         for name, (parameter, how) in parameters.trained().items():
@@ -113,7 +119,7 @@ class Zero:
                     sequence_parallel if how.partial is None else how.partial
                 )
                 counts, tied = weight(how, degree), name in parameters.tied
-                stage = min(zero, 1) if isinstance(how, Replica) or not self.sharded else zero
+                stage = min(zero, 1) if isinstance(how, Replica) or self.shard.size == 1 else zero
                 if stage == 3 and name not in parameters.layers:
                     stage = 2
                 key = Key(
@@ -156,9 +162,11 @@ class Zero:
                 layer = parameters.layers[key.alone]
                 self.groups.append(SpreadGroup(key, key.alone, weight_of, layer, counted, axes))
             elif key.zero == 2:
-                self.groups.append(ReducedGroup(key, named, counted, axes, bucket_bytes))
+                self.groups.append(
+                    ReducedGroup(key, named, counted, axes, self.shard, bucket_bytes)
+                )
             else:
-                group = Group(key, named, counted, axes, self.sharded, bucket_bytes)
+                group = Group(key, named, counted, axes, self.shard, bucket_bytes)
                 self.groups.append(group)
                 sums |= group.gradient_sums()
         self._layers = {n: layer for n, layer in parameters.layers.items() if n in sums}
@@ -231,7 +239,7 @@ class Zero:
 
     def _reduce(self, group: Group | LazyGroup, bucket: Bucket) -> list[Tensor]:
         """This rank's run of the bucket's gradient, summed over the ranks with a part of it."""
-        kv, data, tp = self.axes.kv, self.axes.data, self.axes.tp
+        kv, shard, tp = self.axes.kv, self.shard, self.axes.tp
         gradient = group.gradient_of(bucket)
         if gradient is None:  # nothing is to be sent
             assert isinstance(group, Group)
@@ -242,9 +250,11 @@ class Zero:
             gradient = group.replace(gradient, bucket.shared, split_like(total, places))
         if (mask := bucket.shared_mask) is not None:
             gradient = gradient * (1.0 - mask) + kv.all_reduce(gradient * mask)
-        run = gradient[: bucket.master.numel()]
-        if data.size > 1 and not group.reduced:
-            total = data.reduce_scatter(gradient, 0) if self.sharded else data.all_reduce(gradient)
+        run, total = gradient[: bucket.master.numel()], gradient
+        if shard.size > 1 and not group.reduced:
+            total = shard.reduce_scatter(gradient, 0)
+        total = self.replica.all_reduce(total)
+        if total is not gradient:
             run = group.keep(run, total)
         if group.key.partial:
             run = group.keep(run, tp.all_reduce(run))
@@ -252,7 +262,7 @@ class Zero:
 
     def _squares(self, group: Group | LazyGroup, bucket: Bucket, run: list[Tensor]) -> Tensor:
         """This run's part of the squared norm; the sum over the world counts each element once."""
-        held_by = 1 if self.sharded else self.axes.data.size
+        held_by = self.replica.size
         if bucket.root is not None:
             weighted = torch._foreach_mul(run, split_like(bucket.root, run))
             return sum_of_squares(weighted) / held_by
@@ -267,9 +277,9 @@ class Zero:
                 owned, offload = bucket.master, group.key.offload
                 if isinstance(bucket, FlatBucket) and offload:
                     owned = bucket.owned  # as a step or loading left it
-                if self.sharded and not group.spread:
+                if self.shard.size > 1 and not group.spread:
                     owned = owned.to(group.key.dtype)
-                    group.put(bucket, self.axes.data.all_gather(owned, 0))
+                    group.put(bucket, self.shard.all_gather(owned, 0))
                 elif group.separate and not offload:
                     group.put(bucket, owned)
 
@@ -301,11 +311,11 @@ class Zero:
     def owned(self) -> Iterator[Owned]:
         """All runs that this rank owns, possibly several of one parameter.
 
-        Over the data ranks they tile each parameter exactly; without ``sharded`` every data rank
-        owns everything.
+        Over the ranks of ``shard`` they tile each parameter exactly; those of ``replica`` own the
+        same.
         """
         for group in self.groups:
-            yield from group.owned(self.axes.data.rank if self.sharded else 0)
+            yield from group.owned(self.shard.rank)
 
     def _gradients_of(self, names: Collection[str]) -> dict[str, Tensor]:
         """The gradients that this rank has accumulated, of those parameters that have one."""
@@ -317,7 +327,7 @@ class Zero:
 
     def state_bytes(self) -> int:
         """Bytes of weights and state on the device of this rank, by the formula above."""
-        total, ranks = 0, self.axes.data.size if self.sharded else 1
+        total, ranks = 0, self.shard.size
         for group in self.groups:
             weight, gradient = group.key.dtype.itemsize, GRADIENT_BYTES * group.accumulates
             whole = weight * (not group.spread) + gradient * (not group.reduced)

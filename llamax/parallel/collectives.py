@@ -107,11 +107,12 @@ class Solo:
 class Axes:
     """The axes of a mesh as one rank sees them.
 
-    ``data`` is where gradients are summed (dp x cp).  ``kv`` joins the neighbouring tensor ranks
-    that hold the same key/value head; it has size one unless tensor > num_key_value_heads.  The
-    ranks of ``cp`` hold parts of the same sequences.  ``pp`` is the stage of this rank; on ``even``
-    and ``odd`` it meets the ranks of the stages next to it, over the edges of that parity; on
-    ``ends`` the last stage meets the first.
+    ``data`` is where gradients are summed (dp x cp).  Of its ranks those of ``shard`` share what
+    ZeRO cuts, all or some neighbours, and those of ``replica`` hold the same of it.  ``kv`` joins
+    the neighbouring tensor ranks that hold the same key/value head; it has size one unless tensor >
+    num_key_value_heads.  The ranks of ``cp`` hold parts of the same sequences.  ``pp`` is the stage
+    of this rank; on ``even`` and ``odd`` it meets the ranks of the stages next to it, over the
+    edges of that parity; on ``ends`` the last stage meets the first.
     """
 
     tp: Axis
@@ -123,18 +124,32 @@ class Axes:
     odd: Axis = field(default_factory=lambda: Solo("odd"))
     ends: Axis = field(default_factory=lambda: Solo("ends"))
     pp: Seat = ALONE
+    group: Axis | None = None  # ``shard`` where it is a part of ``data``
+    replica: Axis = field(default_factory=lambda: Solo("replica"))
 
     @classmethod
     def of(cls, mesh: Mesh, rank: int, make: Callable[[str, Groups], Axis]) -> Axes:
         """The axes of global ``rank`` of ``mesh``; ``make`` makes one from its name and groups."""
         made = {name: make(name, groups) for name, groups in mesh.axes().items()}
-        return cls(**made, pp=Seat(mesh.coordinate(rank).pp, mesh.pp))
+        group = made.pop("shard", None)
+        return cls(**made, pp=Seat(mesh.coordinate(rank).pp, mesh.pp), group=group)
 
     @classmethod
     def solo(cls, device: torch.device | str = "cpu") -> Axes:
         """The axes of a world of one."""
         tp, data, kv, world = (Solo(name, device) for name in ("tp", "data", "kv", "world"))
         return cls(tp, data, kv, world, Solo("cp", device))
+
+    @property
+    def shard(self) -> Axis:
+        """The data ranks that share weights, gradients and state as far as ZeRO cuts them."""
+        return self.data if self.group is None else self.group
+
+    def owners(self, zero: int) -> tuple[Axis, Axis]:
+        """``shard`` and ``replica`` at a ZeRO stage: in stage 0 each data rank owns everything."""
+        if zero:
+            return self.shard, self.replica
+        return Solo("shard", self.data.rank_index.device), self.data
 
     @property
     def dp(self) -> Seat:

@@ -6,6 +6,11 @@ are neighbours (they talk most and share a node), pipeline stages are far apart.
     dp 0:  0 1 2 3        groups("tp") = (0 1 2 3) (4 5 6 7)
     dp 1:  4 5 6 7        groups("dp") = (0 4) (1 5) (2 6) (3 7)
 
+Data and context ranks share what ZeRO cuts: all of them, or ``shard`` neighbours, a group in a node
+say, while other groups hold the same again.  With dp 4, shard 2::
+
+    dp 0 1 | 2 3          shard = (0 1) (2 3)           replica = (0 2) (1 3)
+
 Every call returns *all* groups of an axis, because XLA needs those of every rank.  The order is
 that of neuronx-distributed's ``parallel_state``, so both can share one process.
 
@@ -56,7 +61,8 @@ class Mesh:
 
     ``order`` is the rank on every place of the grid, () for 0, 1, ...  ``kv`` tensor neighbours
     hold the same key/value head: ``ModelConfig.kv_replicas``.  ``ends``: whether the last stage
-    and the first one meet as well.
+    and the first one meet as well.  ``shard`` data and context neighbours share what ZeRO cuts; 0:
+    all of them.
     """
 
     tp: int = 1
@@ -66,6 +72,7 @@ class Mesh:
     order: tuple[int, ...] = ()
     kv: int = 1
     ends: bool = False
+    shard: int = 0
 
     def __post_init__(self) -> None:
         for axis in AXES:
@@ -75,10 +82,19 @@ class Mesh:
                 )
         if self.order and sorted(self.order) != [*range(self.world_size)]:
             raise ValueError(f"order {self.order} does not place {self.world_size} ranks")
+        if self.dp * self.cp % self.owners:
+            raise ValueError(f"runs of {self.shard} do not tile {self.dp * self.cp} data ranks")
 
     @classmethod
     def fill(
-        cls, world_size: int, tp: int = 1, cp: int = 1, pp: int = 1, kv: int = 1, ends: bool = False
+        cls,
+        world_size: int,
+        tp: int = 1,
+        cp: int = 1,
+        pp: int = 1,
+        kv: int = 1,
+        ends: bool = False,
+        shard: int = 0,
     ) -> Mesh:
         """The mesh of ``world_size`` ranks whose data axis takes what the other axes leave.
 
@@ -90,7 +106,7 @@ class Mesh:
                 f"a world of {count(world_size, 'rank')} is not divided by tensor {tp} x context "
                 f"{cp} x pipeline {pp} = {tp * cp * pp}; start a multiple of {tp * cp * pp} ranks"
             )
-        return cls(tp=tp, dp=rest, cp=cp, pp=pp, kv=kv, ends=ends)
+        return cls(tp=tp, dp=rest, cp=cp, pp=pp, kv=kv, ends=ends, shard=shard)
 
     def on_trn1(self, cores: int = 32) -> Mesh:
         """This mesh where trn1 wants it, on nodes with ``cores`` ranks each.
@@ -108,6 +124,16 @@ class Mesh:
     @property
     def world_size(self) -> int:
         return self.pp * self.dp * self.cp * self.tp
+
+    @property
+    def owners(self) -> int:
+        """The data and context ranks that share what ZeRO cuts."""
+        return self.shard or self.dp * self.cp
+
+    @property
+    def copies(self) -> int:
+        """The groups of such ranks, each with all of it."""
+        return self.dp * self.cp // self.owners
 
     def degree(self, axis: str) -> int:
         """The number of ranks along ``axis`` (pp, dp, cp or tp)."""
@@ -136,14 +162,19 @@ class Mesh:
 
     def axes(self) -> dict[str, Groups]:
         """The groups of every axis that ranks communicate on, by its name in ``Axes``."""
-        return {
+        data, n = self.groups("dp", "cp"), self.owners
+        found = {
             "tp": self.groups("tp"),
-            "data": self.groups("dp", "cp"),
+            "data": data,
             "kv": self.replicas("tp", self.kv),
             "world": (tuple(range(self.world_size)),),
             "cp": self.groups("cp"),
             **{name: pairs for name in EDGES if (pairs := self.edges(name))},
         }
+        if self.copies > 1:
+            found["shard"] = tuple(g[i : i + n] for g in data for i in range(0, len(g), n))
+            found["replica"] = tuple(g[i::n] for g in data for i in range(n))
+        return found
 
     def edges(self, name: str) -> Groups:
         """Pairs of ranks that swap: of stages s and s + 1 for even or odd s, or of last and first.

@@ -1,4 +1,4 @@
-"""Tensors cut over the data ranks, gathered when they are used and dropped after.
+"""Tensors cut over data ranks, gathered when they are used and dropped after.
 
 ::
 
@@ -51,41 +51,41 @@ Values = Callable[[Tensor, int], None]
 
 
 class Spread:
-    """A flat tensor cut over the data ranks, one run each; ``gather`` joins the runs.
+    """A flat tensor cut over the ranks of ``shard``, one run each; ``gather`` joins the runs.
 
     Its ``length`` elements are ``values``, of the dtype and on the device of ``like``; None: zeros.
     Runs are a multiple of ``unit`` elements.
     """
 
     def __init__(
-        self, length: int, values: Values | None, data: Axis, like: Tensor, unit: int = 1
+        self, length: int, values: Values | None, shard: Axis, like: Tensor, unit: int = 1
     ) -> None:
-        self.data, self.length = data, length
-        run = ceil(length / (data.size * unit)) * unit
-        start = min(data.rank * run, length)
+        self.shard, self.length = shard, length
+        run = ceil(length / (shard.size * unit)) * unit
+        start = min(shard.rank * run, length)
         self.run = like.new_zeros(run)
         if values is not None:
             values(self.run[: min(run, length - start)], start)
 
     @classmethod
-    def joined(cls, pieces: list[Tensor], data: Axis, device: torch.device) -> Spread:
+    def joined(cls, pieces: list[Tensor], shard: Axis, device: torch.device) -> Spread:
         """The pieces end to end, cut."""
         whole = torch.cat([piece.flatten() for piece in pieces])
-        return cls(len(whole), values_of(whole), data, whole.new_empty(0, device=device))
+        return cls(len(whole), values_of(whole), shard, whole.new_empty(0, device=device))
 
     def gather(self) -> Tensor:
-        return self.data.all_gather(self.run, 0)[: self.length]
+        return self.shard.all_gather(self.run, 0)[: self.length]
 
     def start_gather(self) -> Callable[[], Tensor]:
         """Begin ``gather``; the function returned waits for it."""
-        arrived = self.data.start_all_gather(self.run)
+        arrived = self.shard.start_all_gather(self.run)
         return lambda: arrived()[: self.length]
 
     def reduce(self, whole: Tensor) -> Tensor:
-        """This rank's run of the sum of ``whole`` [n] over the data ranks, in float32."""
-        if padding := self.data.size * len(self.run) - self.length:
+        """This rank's run of the sum of ``whole`` [n] over ``shard``, in float32."""
+        if padding := self.shard.size * len(self.run) - self.length:
             whole = torch.nn.functional.pad(whole, (0, padding))
-        return self.data.reduce_scatter(whole.float(), 0)
+        return self.shard.reduce_scatter(whole.float(), 0)
 
 
 def values_of(whole: Tensor) -> Values:
@@ -99,7 +99,7 @@ def values_of(whole: Tensor) -> Values:
 
 
 class _Gather(torch.autograd.Function):
-    """The whole weight of a run; backward sums its gradient over the data ranks at once."""
+    """The whole weight of a run; backward sums its gradient over ``shard`` at once."""
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, store: SpreadWeight) -> Tensor:
@@ -114,13 +114,13 @@ class _Gather(torch.autograd.Function):
 
 
 class SpreadWeight:
-    """A weight of which each data rank keeps a run; a ``Store``.
+    """A weight of which each rank of ``shard`` keeps a run; a ``Store``.
 
-    A ``trained`` one sums its gradient over the data ranks into ``gradient``, a float32 run.
+    A ``trained`` one sums its gradient over them into ``gradient``, a float32 run.
     A placeholder is made here, its run alone.
     """
 
-    def __init__(self, weight: Tensor, data: Axis, trained: bool, unit: int = 1) -> None:
+    def __init__(self, weight: Tensor, shard: Axis, trained: bool, unit: int = 1) -> None:
         self.shape, device = weight.shape, weight.device
         if isinstance(weight, Placeholder):
             assert weight.home is not None, "it has runs already"
@@ -128,7 +128,7 @@ class SpreadWeight:
         else:
             values = values_of(weight.detach())
         like = torch.empty(0, dtype=weight.dtype, device=device)
-        self.spread = Spread(weight.numel(), values, data, like, unit)
+        self.spread = Spread(weight.numel(), values, shard, like, unit)
         self.gradient: Tensor | None = None
         self.prefetch: Prefetch | None = None
         if trained:
@@ -155,7 +155,7 @@ class SpreadWeight:
         return whole.view(self.shape)
 
     def add_gradient(self, dw: Tensor) -> None:
-        """Add this rank's run of the sum of all data ranks' ``dw``."""
+        """Add this rank's run of the sum of ``dw`` over ``shard``."""
         assert self.gradient is not None
         self.gradient.add_(self.spread.reduce(dw.reshape(-1)))
 

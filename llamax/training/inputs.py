@@ -37,7 +37,10 @@ from llamax.training.resolve import ResolvedRun
 
 # The sections, and their fields (empty: all), that decide samples, updates and mesh.
 COMPARED: dict[str, set[str]] = {
-    "parallel": {"tensor", "context", "pipeline", "chunks", "layers_per_stage", "sequence", "zero"},
+    "parallel": {
+        *("tensor", "context", "pipeline", "chunks", "layers_per_stage", "sequence"),
+        *("zero", "zero_ranks"),
+    },
     "optim": set(),
     "data": set(),
     "finetune": set(),

@@ -165,6 +165,7 @@ def resolve(
         pp=parallel.pipeline,
         kv=config.model.kv_replicas(parallel.tensor),
         ends=parallel.pipeline > 1 and (parallel.chunks > 1 or config.model.tie_word_embeddings),
+        shard=parallel.zero_ranks,
     )
     return ResolvedRun(
         resolved,

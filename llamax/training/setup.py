@@ -222,6 +222,7 @@ def _load(
 def log_start(job: Job) -> None:
     """Log what will run, and write the resolved configuration into the run folder."""
     run, config, mesh = job.run, job.config, job.run.mesh
+    stage, over = config.parallel.zero, f" over groups of {mesh.owners}" if mesh.copies > 1 else ""
     job.folder.mkdir(parents=True, exist_ok=True)
     write_durable(job.folder / CONFIG_FILE, dump_config(config).encode())
     logger.info(
@@ -235,7 +236,7 @@ def log_start(job: Job) -> None:
         f" x context {mesh.cp}" if mesh.cp > 1 else "",
         f" x pipeline {mesh.pp}" if mesh.pp > 1 else "",
         mesh.dp,
-        f" with ZeRO-{zero}" if (zero := config.parallel.zero) and mesh.dp * mesh.cp > 1 else "",
+        f" with ZeRO-{stage}{over}" if stage and mesh.dp * mesh.cp > 1 else "",
     )
     logger.info(
         "%s: %s, %s a step in %s, %s",
@@ -273,7 +274,7 @@ def log_start(job: Job) -> None:
             config.data.path,
         )
     if job.adapters is not None:
-        logger.info("%s", describe_finetune(config, mesh.tp, job.state.axes.data.size))
+        logger.info("%s", describe_finetune(config, mesh.tp, mesh.owners))
     for line in (*not_applied(config), *_begins_otherwise(job)):
         logger.warning("%s", line)
 

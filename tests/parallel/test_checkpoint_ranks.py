@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from support.models import TIED, tiny
+from support.planted import defect
 from support.world import Worlds, axes
 
 from llamax.checkpoint import Checkpoint, Saver, load_owned
@@ -19,6 +20,7 @@ from llamax.config.rules.pipeline import evenly
 from llamax.config.schema import OptimConfig
 from llamax.model.llama import Llama
 from llamax.optim.zero import Zero
+from llamax.parallel.collectives import Solo
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.pipeline import layers_of
 from llamax.training.room import checkpoint_bytes
@@ -49,6 +51,7 @@ class On(NamedTuple):
     cp: int = 1
     pp: int = 1
     layers: tuple[int, ...] | None = None
+    shard: int = 0
 
 
 CHAINS = {
@@ -67,6 +70,20 @@ CHAINS = {
         On(1, 2, zero=0, pp=2),
     ),
     "chunks": (On(1, 1), On(1, 1, pp=2, layers=(1, 1, 1, 1)), On(2, 1, pp=2), On(1, 1)),
+    "hybrid": (
+        On(1, 4, zero=3, shard=2),
+        On(1, 4, zero=3),
+        On(2, 4, zero=2, shard=2),
+        On(1, 2, zero=0),
+        On(1, 2, zero=2, cp=2, shard=2),
+        On(1, 8, shard=4),
+    ),
+    "hybrid stages": (
+        On(1, 4, zero=3, shard=2),
+        On(1, 4, pp=2, shard=2),
+        On(1, 2, pp=2, zero=0),
+        On(1, 1),
+    ),
     "sequence parallel": (On(2, 2, sequence_parallel=True), On(2, 2), On(2, 2, True, True)),
 }
 
@@ -81,7 +98,7 @@ def train_and_save(
     optim: OptimConfig = OPTIM,
 ) -> None:
     """Some steps from ``source`` (or from scratch), then a checkpoint in ``out``."""
-    mesh = Mesh(tp=on.tp, cp=on.cp, dp=on.dp, pp=on.pp)
+    mesh = Mesh(tp=on.tp, cp=on.cp, dp=on.dp, pp=on.pp, shard=on.shard)
     mine = axes(mesh, max(1, on.tp // model_config.num_key_value_heads))
     stage = layers_of(*mine.pp, on.layers or evenly(model_config.num_hidden_layers, on.pp))
     model = Llama(
@@ -157,7 +174,8 @@ def test_save_reshard_resume(
 def test_moments_in_8_bits_are_the_same_on_every_mesh(worlds: Worlds, tmp_path: Path) -> None:
     """Saved by four ranks in host memory, resharded four times; a run in 32 bits takes them."""
     eight = replace(OPTIM, state_bits=8)
-    chain = (On(2, 2, zero=3), On(1, 2, zero=2), On(2, 1), On(1, 4, zero=3), On(1, 1))
+    hybrid = On(1, 4, zero=3, shard=2)
+    chain = (On(2, 2, zero=3), On(1, 2, zero=2), On(2, 1), On(1, 4, zero=3), hybrid, On(1, 1))
     source, expected = "", {}
     for number, on in enumerate(chain):
         optim, out = replace(eight, offload=number % 2 == 0), str(tmp_path / str(number))
@@ -190,3 +208,51 @@ def test_resuming_on_the_same_mesh_is_bitwise(worlds: Worlds, tmp_path: Path) ->
     for name in ("weights-tp01-dp01.safetensors", "optimizer-tp00-dp01.safetensors"):
         files = [Path(folder) / "step-00000001" / name for folder in (b, c)]
         assert files[0].read_bytes() == files[1].read_bytes()
+
+
+# --- groups that own the same --------------------------------------------------------------------
+
+
+def everything(saver: Saver) -> None:
+    saver.replica = Solo("replica")
+
+
+def first_part(saver: Saver) -> None:
+    size, saver.replica = saver.replica.size, Solo("replica")
+    saver.replica.size = size
+
+
+def save_with(change: Callable[[Saver], None] | None, on: On, out: str) -> None:
+    """Two steps and a save, with savers changed."""
+
+    def changed(original: Callable[..., None]) -> Callable[..., None]:
+        def __init__(self: Saver, *options: Any, **more: Any) -> None:
+            original(self, *options, **more)
+            if change is not None:
+                change(self)
+
+        return __init__
+
+    with defect(Saver, "__init__", changed)():
+        train_and_save(on, torch.float32, "", out, 2)
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_groups_write_each_element_once(worlds: Worlds, tmp_path: Path, zero: int) -> None:
+    on, expected, caught = On(1, 4, zero=zero, shard=2), 0, []
+    for change in (None, everything, first_part):
+        folder = tmp_path / (change.__name__ if change else "right")
+        try:
+            worlds(4).run(save_with, change, on, str(folder))
+        except AssertionError:  # what is read back is not what was trained
+            caught.append(change)
+            continue
+        found = Checkpoint(folder / "step-00000002")
+        written = sum(file.size_bytes - file.header_bytes for file in found.manifest.files)
+        if change is None:
+            assert len({file.name for file in found.manifest.files}) == 8
+            assert found.manifest.mesh["zero_ranks"] == 2
+            expected = written
+        elif written != expected:
+            caught.append(change)
+    assert caught == [everything, first_part]

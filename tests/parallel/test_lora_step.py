@@ -145,7 +145,7 @@ MUTATIONS: dict[str, Callable[[], Any]] = {
     "scales of the first rank's blocks": lambda: replaced(Nf4, "_places", first_rows(Nf4._places)),
     "blocks begin at a share": lambda: replaced(base, "share_of", own_blocks(share_of)),
     "a data rank's run alone": lambda: replaced(
-        Spread, "gather", lambda self: self.run.repeat(self.data.size)[: self.length]
+        Spread, "gather", lambda self: self.run.repeat(self.shard.size)[: self.length]
     ),
 }
 IN_BASE = (

@@ -210,6 +210,7 @@ def test_chunks_step_as_one(
         (Mesh(pp=2, tp=2), 1, (1, 1, 1, 1)),
         (Mesh(pp=2, dp=2), 1, None),
         (Mesh(pp=2, dp=2), 0, None),
+        (Mesh(pp=2, dp=4, shard=2), 1, None),
     ],
     ids=lambda case: named(case) if isinstance(case, Mesh) else "",
 )

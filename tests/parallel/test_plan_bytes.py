@@ -79,7 +79,8 @@ def held(tensors: Iterable[Tensor | None]) -> int:
 def measure(config: Config, mesh: Mesh) -> dict[str, int]:
     """In a rank: bytes between steps, kept by forward, at the fullest moment, and of buffers."""
     here = axes(mesh, max(1, mesh.tp // MODEL.num_key_value_heads))
-    for axis in (here.tp, here.data):  # axes are shared by all tests of a world
+    sending = here.tp, here.data, here.shard, here.replica
+    for axis in sending:  # axes are shared by all tests of a world
         for role in getattr(axis, "_staged", ()):
             axis._staged[role] = torch.empty(0, dtype=torch.uint8)  # type: ignore[attr-defined]
     sequence = config.parallel.sequence
@@ -126,7 +127,7 @@ def measure(config: Config, mesh: Mesh) -> dict[str, int]:
         optimizer.step(one, one, one)
     top, left = highest(changes(forward))
     later, _ = highest(changes(backward), left)
-    buffers = [buffer for axis in (here.tp, here.data) for buffer in _staged(axis)]
+    buffers = [buffer for axis in sending for buffer in _staged(axis)]
     return {
         "ahead": prefetch.hits,
         "state": held(tensors),
@@ -201,6 +202,9 @@ def test_attention_keeps_what_its_kernel_keeps(dtype: str, apart: bool, length: 
         (Mesh(2, 2), 3, "full"),
         (Mesh(dp=2), 3, "none"),
         (Mesh(dp=2), 3, "selective"),
+        (Mesh(dp=4, shard=2), 1, "full"),
+        (Mesh(dp=4, shard=2), 2, "full"),
+        (Mesh(dp=4, shard=2), 3, "full"),
     ],
 )
 def test_planned_bytes_of_zero_stages_are_measured_bytes(
@@ -217,6 +221,8 @@ def test_planned_bytes_of_zero_stages_are_measured_bytes(
     beside = sum(told.get(name, 0) for name in ("communication", "batch", "reserve"))
     assert planned.peak - beside == pytest.approx(found["peak"], rel=0.05)
     assert (found["ahead"] > 0) == (zero == 3)
+    if mesh.copies > 1 and zero == 1:
+        assert communication(share, CPU).value == pytest.approx(found["buffers"], rel=0.01)
 
 
 def measure_stage(config: Config, mesh: Mesh) -> int:

@@ -21,17 +21,14 @@ from support.models import TIED
 from support.models import TINY as MODEL
 from support.planted import defect, replaced
 from support.step_reference import (
-    GLOBAL_BATCH,
     OPTIM,
-    SEQUENCE,
     build,
     differences,
-    gradients,
-    loss,
     share,
     training,
 )
 from support.world import Worlds, axes
+from support.zero_steps import step, whole_step
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -42,7 +39,6 @@ from llamax.model.llama import FeedForward, Llama
 from llamax.model.lora_linear import FrozenLinear
 from llamax.model.recompute import Recompute
 from llamax.optim import groups
-from llamax.optim.groups import Group
 from llamax.optim.reduced_groups import ReducedGroup
 from llamax.optim.zero import Zero
 from llamax.parallel import spread
@@ -53,73 +49,6 @@ from llamax.parallel.spread import Spread, SpreadWeight
 from llamax.runtime.errors import ConfigError
 
 TOLERANCE = 1e-6
-TOKENS = GLOBAL_BATCH * SEQUENCE
-
-
-def joined(optimizer: Zero, run_of: Callable[[Any, Any], Tensor]) -> dict[str, Tensor]:
-    """Whole tensors of this tensor rank by name, from a run of each bucket on each data rank."""
-    found: dict[str, Tensor] = {}
-    for group in optimizer.groups:
-        assert isinstance(group, Group)
-        flats = {name: torch.zeros(n) for name, n in zip(group.names, group.lengths, strict=True)}
-        for bucket in group.buckets:
-            whole, offset = optimizer.axes.data.all_gather(run_of(group, bucket), 0), 0
-            for member, start, stop in bucket.pieces:
-                flats[group.names[member]][start:stop] = whole[offset : offset + stop - start]
-                offset += stop - start
-        shapes = {n: p.shape for n, p in zip(group.names, group.parameters, strict=True)}
-        found |= {name: flat.view(shapes[name]) for name, flat in flats.items()}
-    return found
-
-
-def whole_step(model: ModelConfig) -> dict[str, Any]:
-    """Loss, gradients, norm, validation loss, and weights after two steps, on one rank."""
-    there = Axes.solo()
-    llama = build(model, there, False).double()
-    for micro in share(there, 1):
-        (loss(llama, micro, there) / TOKENS).backward()
-    grads = gradients(llama, there)
-    llama = build(model, there, False)
-    state = training(llama, there, 1)
-    results = [state.step(share(there, 1), number) for number in (1, 2)]
-    return {
-        "loss": [float(r.loss) for r in results] + [float(state.validate([share(there, 1)]))],
-        "norm": [float(r.grad_norm) for r in results],
-        "grads": grads,
-        "weights": {name: p.detach().clone() for name, p in llama.named_parameters()},
-    }
-
-
-def step(
-    model: ModelConfig,
-    axes: Axes,
-    sequence: bool,
-    accumulation: int,
-    zero: int,
-    bucket_bytes: int,
-    recompute: Recompute,
-) -> dict[str, Any]:
-    llama = build(model, axes, sequence)
-    llama.model.mode = recompute
-    state = training(llama, axes, zero, bucket_bytes)
-    for micro in share(axes, accumulation):
-        with spread.gathered_again():
-            total = loss(llama, micro, axes) / TOKENS
-        total.backward()
-    for group in state.optimizer.groups:
-        group.finish_gradients()
-    with torch.no_grad():
-        grads = joined(
-            state.optimizer, lambda group, bucket: state.optimizer._reduce(group, bucket)[0]
-        )
-    state.optimizer.zero_grad()
-    results = [state.step(share(axes, accumulation), number) for number in (1, 2)]
-    return {
-        "loss": [float(r.loss) for r in results] + [float(state.validate([share(axes, 1)]))],
-        "norm": [float(r.grad_norm) for r in results],
-        "grads": grads,
-        "weights": joined(state.optimizer, lambda group, bucket: bucket.owned.detach()),
-    }
 
 
 def on_mesh(
@@ -371,8 +300,8 @@ def twice(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def of_own_rank(self: Spread, whole: Tensor) -> Tensor:
-    run, rank = len(self.run), self.data.rank
-    whole = torch.nn.functional.pad(whole, (0, run * self.data.size - len(whole)))
+    run, rank = len(self.run), self.shard.rank
+    whole = torch.nn.functional.pad(whole, (0, run * self.shard.size - len(whole)))
     return whole[rank * run : (rank + 1) * run]
 
 
@@ -409,7 +338,7 @@ SPREAD = {
     "gathered weights are stale": lambda: replaced(Spread, "gather", stale()(Spread.gather)),
     "gradient added twice": defect(SpreadWeight, "add_gradient", twice),
     "gradient averaged over ranks": defect(
-        Spread, "reduce", lambda original: lambda self, dw: original(self, dw) / self.data.size
+        Spread, "reduce", lambda original: lambda self, dw: original(self, dw) / self.shard.size
     ),
     "gradient of this rank alone": lambda: replaced(Spread, "reduce", of_own_rank),
     "gradient of another run": defect(
@@ -432,7 +361,9 @@ REDUCED = {
         lambda original: (
             lambda self, number: (
                 original(self, number),
-                self.buckets[number].gradient.copy_(self.data.shift(self.buckets[number].gradient)),
+                self.buckets[number].gradient.copy_(
+                    self.shard.shift(self.buckets[number].gradient)
+                ),
             )
         ),
     ),

@@ -25,6 +25,7 @@ BASES: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "parallel.data": small([0, 0, 0, 1, 2, 3]),
         "parallel.layers_per_stage": small(["", "", "1,1", "2,2", "3,2,2", "x"]),
         "parallel.zero": small([0, 1, 2, 3]),
+        "parallel.zero_ranks": small([0, 0, 0, 2, 3, 4, 8]),
         "parallel.sequence": st.booleans(),
         "model.num_attention_heads": small([4, 6, 8, 12]),
         "model.num_key_value_heads": small([1, 2, 3, 4, 6, 8]),

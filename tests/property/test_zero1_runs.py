@@ -114,16 +114,21 @@ def test_buckets_and_pieces_tile(lengths: list[int], ranks: int, bucket_bytes: i
 
 @given(
     st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5)), min_size=1, max_size=5),
-    DEGREES,
+    st.sampled_from([(1, 1), (2, 2), (3, 3), (4, 2), (6, 3), (6, 2), (8, 8)]),
     st.integers(4, 200),
     st.booleans(),
     st.sampled_from([torch.float32, torch.bfloat16]),
 )
 def test_owned_runs_tile_every_parameter(
-    shapes: list[tuple[int, int]], data: int, bucket_bytes: int, zero: int, dtype: Any
+    shapes: list[tuple[int, int]],
+    ranks: tuple[int, int],
+    bucket_bytes: int,
+    zero: int,
+    dtype: Any,
 ) -> None:
-    """Over the data ranks, and each kind of state has the same runs."""
+    """Over the data ranks, or a part of them, and each kind of state has the same runs."""
     spans: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    data, shard = ranks
     for rank in range(data):
         solo = Axes.solo()
         parameters = {
@@ -133,15 +138,24 @@ def test_owned_runs_tile_every_parameter(
         optimizer = Zero(
             ShardedParameters({n: ShardedParameter(p, Replica()) for n, p in parameters.items()}),
             OptimConfig(),
-            Axes(solo.tp, Seat("data", data, rank), solo.kv, Seat("world", data, rank)),
+            Axes(
+                solo.tp,
+                Seat("data", data, rank),
+                solo.kv,
+                Seat("world", data, rank),
+                group=Seat("shard", shard, rank % shard) if shard < data else None,
+                replica=Seat("replica", data // shard, rank // shard),
+            ),
             sequence_parallel=False,
             zero=zero,
             bucket_bytes=bucket_bytes,
         )
-        assert optimizer.sharded == (zero and data > 1)
+        owners = shard if zero else 1
+        assert optimizer.shard.size * optimizer.replica.size == data
+        assert optimizer.shard.size == owners
         for owned in optimizer.owned():
             run = owned.start, owned.start + owned.tensor.numel()
-            if rank == 0 or optimizer.sharded:
+            if rank < owners:
                 spans.setdefault((owned.name, owned.kind), []).append(run)
             if owned.kind in ("weight", "master"):
                 assert torch.all(owned.tensor == int(owned.name[1:]))

@@ -96,7 +96,7 @@ def build(
         recompute=recompute,
         device=device,
     )
-    load_base(model, source, finetune, torch.empty(0), axes.data, 5, spread)
+    load_base(model, source, finetune, torch.empty(0), axes.shard, 5, spread)
     with torch.no_grad():
         for name, parameter in model.sharded_parameters().trained().tensors.items():
             if "lora_B" in name:

@@ -537,6 +537,49 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
             {"parallel.zero": 2},
         ],
     ),
+    "zero_ranks_have_a_stage": (
+        [
+            (
+                {"parallel.zero": 0, "parallel.zero_ranks": 2},
+                4,
+                "parallel.zero_ranks=2 is how many ranks ZeRO cuts over, and parallel.zero=0 cuts "
+                "nothing; use parallel.zero_ranks=0, or parallel.zero=1, 2 or 3",
+            )
+        ],
+        [{"parallel.zero": 0}, {"parallel.zero_ranks": 2}],
+    ),
+    "zero_ranks_divide_data_ranks": (
+        [
+            (
+                {"parallel.zero_ranks": 3},
+                8,
+                "parallel.zero_ranks=3 does not divide the 4 data ranks; use 0, 2 or 4",
+            ),
+            (
+                {
+                    "parallel.zero_ranks": 4,
+                    "parallel.context": 2,
+                    "parallel.data": 3,
+                    "data.global_batch": 12,
+                },
+                None,
+                "parallel.zero_ranks=4 does not divide the 6 data and context ranks; use 0, 2, 3 "
+                "or 6",
+            ),
+        ],
+        [{"parallel.zero_ranks": 3}, {"parallel.zero_ranks": 2, "parallel.data": 2}],
+    ),
+    "zero_ranks_share_nodes": (
+        [
+            (
+                {"parallel.zero_ranks": 6, "data.global_batch": 24},
+                (24, 8),
+                "parallel.zero_ranks=6 x parallel.tensor=2 is 12 ranks, which neither divide a "
+                "node of 8 ranks nor fill whole ones; use 0, 2, 4 or 12",
+            )
+        ],
+        [{"parallel.zero_ranks": 4}],
+    ),
     "gathered_weights_are_dropped": (
         [
             (

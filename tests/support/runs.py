@@ -12,7 +12,9 @@ from llamax.training.resolve import ResolvedRun, resolve
 
 def on_mesh(config: Config, mesh: Mesh) -> ResolvedRun:
     """The run of ``config`` on the degrees of ``mesh``."""
-    parallel = replace(config.parallel, tensor=mesh.tp, context=mesh.cp, data=0)
+    parallel = replace(
+        config.parallel, tensor=mesh.tp, context=mesh.cp, data=0, zero_ranks=mesh.shard
+    )
     alone = replace(parallel, pipeline=1, chunks=1, layers_per_stage="")
     config = replace(config, parallel=alone)
     run = resolve(config, mesh.world_size // mesh.pp)  # as one stage: any recomputation

@@ -127,6 +127,9 @@ def test_precompile_notes_what_doctor_asks_for(tmp_path: Path) -> None:
         (Mesh(cp=2, dp=2), False, 3, "full", "float32"),
         (Mesh(tp=2, cp=4), True, 1, "none", "bfloat16"),
         (Mesh(cp=2, dp=2), False, 1, "selective", "float32"),
+        (Mesh(tp=2, dp=4, shard=2), True, 1, "none", "bfloat16"),
+        (Mesh(tp=4, dp=4, shard=2), True, 3, "full", "bfloat16"),
+        (Mesh(cp=2, dp=4, shard=4), False, 2, "none", "float32"),
     ],
 )
 def test_every_rank_and_step_is_one_program(
@@ -139,6 +142,7 @@ def test_every_rank_and_step_is_one_program(
         context_by="ring" if mesh.cp > 1 and zero == 1 else "gather",
         sequence=sequence,
         zero=zero,
+        zero_ranks=mesh.shard,
         bucket_bytes=4096,
     )
     found = audited(replace(cfg, parallel=parallel), mesh)

@@ -76,6 +76,9 @@ CASES = [
     Case("tp 2, dp 2, sequence, ZeRO-2", MODEL, TP2_DP2, True, 2),
     Case("tp 2, dp 2, sequence, ZeRO-3", MODEL, TP2_DP2, True, 3, recompute="full"),
     Case("cp 2, dp 2, ZeRO-3", MODEL, Mesh(cp=2, dp=2), False, 3, recompute="full"),
+    Case("dp 4 in groups of 2", TIED, Mesh(dp=4, shard=2), False, 1),
+    Case("dp 4 in groups of 2, ZeRO-3", MODEL, Mesh(dp=4, shard=2), False, 3, recompute="full"),
+    Case("cp 2, dp 2 in groups of 2, ZeRO-2", MODEL, Mesh(cp=2, dp=2, shard=2), False, 2),
     Case("cp 2", MODEL, Mesh(cp=2), False),
     Case("cp 4", MODEL, Mesh(cp=4), False, accumulation=4),
     Case("cp 2, dp 2, selective", TIED, Mesh(cp=2, dp=2), False, recompute="selective"),
@@ -151,10 +154,10 @@ def on_replicas(rank: int, cases: list[Case], mutation: str) -> list[dict[str, A
 
 def run_of(share: Tensor, length: int, mesh: Mesh, rank: int) -> Tensor:
     """The elements of a tensor rank's share that a data rank keeps in ZeRO-3."""
-    ranks, place = mesh.dp * mesh.cp, mesh.coordinate(rank)
+    ranks, place = mesh.owners, mesh.coordinate(rank)
     padding = (0, ranks * length - share.numel())
     runs = torch.nn.functional.pad(share.flatten(), padding).chunk(ranks)
-    return runs[place.dp * mesh.cp + place.cp]
+    return runs[(place.dp * mesh.cp + place.cp) % ranks]
 
 
 def differences(case: Case, results: list[dict[str, Any]], tolerance: float) -> list[str]:
@@ -189,7 +192,8 @@ def test_a_sharded_step_equals_the_whole_step(world_size: int, context: bool) ->
     for case, results in zip(cases, zip(*by_rank, strict=True), strict=True):
         assert differences(case, list(results), TOLERANCE) == [], case.name
         mesh = case.mesh  # gradients are summed over dp and cp alike
-        update = (case.model, mesh.tp, mesh.dp * mesh.cp, case.sequence, case.zero)
+        groups = mesh.owners, mesh.copies
+        update = (case.model, mesh.tp, groups, case.sequence, case.zero)
         programs = 1 if update in updates else 2  # recompute does not change the update's
         assert {result["compiled"] for result in results} == {programs}, case.name
         updates.add(update)

@@ -135,13 +135,16 @@ def _degrees(
 ) -> str:
     """``parallel.NAME=1 or 2 and ...``: degrees of an axis, beside ``others``, to suggest, or ''.
 
-    Where parallel.data is set and does not go with them, it is set to 0 too; where no context ranks
-    are left, keys and values are gathered.
+    Where parallel.data or parallel.zero_ranks is set and does not go with them, it is set to 0 too;
+    where no context ranks are left, keys and values are gathered.
     """
     key = f"parallel.{name}"
     beside: Changes = {f"parallel.{other}": others[other] for other in others}
     by, free = {"parallel.context_by": "gather"}, {"parallel.data": 0}
-    for more in ({}, free, by, {**free, **by}):
+    sets: list[Changes] = [{}, free, by, {**free, **by}]
+    if c.parallel.zero_ranks:
+        sets += [{**more, "parallel.zero_ranks": 0} for more in sets]
+    for more in sets:
         tried = [{key: degree, **beside, **more} for degree in degrees]
         found = fitting(c, world, (each for each in tried if _fills(c, world, each)), follow)
         if found:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llamax.config.constants import STATE_BLOCK, STATE_LEAST_ELEMENTS
-from llamax.config.rules import Rules, World, use, ways
+from llamax.config.rules import Rules, World, divisors, use, ways
 from llamax.config.rules.finetune import target_names
 from llamax.config.schema import Config
+from llamax.runtime.units import count
 
 RULES = Rules()
 
@@ -21,6 +22,60 @@ def zero_fits_pipeline(c: Config, world: World) -> Iterator[str]:
             f"many microbatches, and parallel.pipeline={pipeline} divides them already; "
             "use parallel.zero=1"
         )
+
+
+@RULES.reading("parallel.zero_ranks", "parallel.zero")
+def zero_ranks_have_a_stage(c: Config, world: World) -> Iterator[str]:
+    if c.parallel.zero_ranks and c.parallel.zero == 0:
+        stages = use(c, world, "parallel.zero", [1, 2, 3], named=True)
+        yield (
+            f"parallel.zero_ranks={c.parallel.zero_ranks} is how many ranks ZeRO cuts over, and "
+            f"parallel.zero=0 cuts nothing{ways('parallel.zero_ranks=0', stages)}"
+        )
+
+
+@RULES.reading(
+    "parallel.zero_ranks",
+    "parallel.tensor",
+    "parallel.context",
+    "parallel.pipeline",
+    "parallel.data",
+)
+def zero_ranks_divide_data_ranks(c: Config, world: World) -> Iterator[str]:
+    ranks, of = c.parallel.zero_ranks, data_ranks(c, world)
+    if ranks and of % ranks:
+        kinds = "data and context rank" if c.parallel.context > 1 else "data rank"
+        yield (
+            f"parallel.zero_ranks={ranks} does not divide the {count(of, kinds)}"
+            f"{ways(use(c, world, 'parallel.zero_ranks', [0, *divisors(of)[1:]]))}"
+        )
+
+
+@RULES.reading(
+    "parallel.zero_ranks",
+    "parallel.tensor",
+    "parallel.context",
+    "parallel.pipeline",
+    "parallel.data",
+)
+def zero_ranks_share_nodes(c: Config, world: World) -> Iterator[str]:
+    ranks, tensor, node = c.parallel.zero_ranks, c.parallel.tensor, world.node_ranks
+    if node is None or not ranks or (of := data_ranks(c, world)) in (0, ranks):
+        return
+    if of % ranks == 0 and node % (ranks * tensor) and ranks * tensor % node:
+        yield (
+            f"parallel.zero_ranks={ranks} x parallel.tensor={tensor} is "
+            f"{count(ranks * tensor, 'rank')}, which neither divide a node of "
+            f"{count(node, 'rank')} nor fill whole ones"
+            f"{ways(use(c, world, 'parallel.zero_ranks', [0, *divisors(of)[1:]]))}"
+        )
+
+
+def data_ranks(c: Config, world: World) -> int:
+    """The data and context ranks of a stage; 0 where they are not known."""
+    p = c.parallel
+    left, over = divmod(world.ranks or 0, p.tensor * p.context * p.pipeline)
+    return (p.data or (0 if over else left)) * p.context
 
 
 @RULES.reading("parallel.zero", "run.recompute", "run.backend", "finetune.method")

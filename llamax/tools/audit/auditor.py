@@ -311,7 +311,7 @@ def model_flops(traced: TracedRun, kind: str) -> float:
 def measure(traced: TracedRun, programs: dict[str, hlo.Program], machine: Machine) -> Memory:
     """The memory of one core."""
     optimizer, model = traced.state.optimizer, traced.state.model
-    ranks = optimizer.axes.data.size
+    ranks = optimizer.shard.size
     tensors = [store.run for store in spread_weights(model)]
     tensors += [each for each in model.parameters() if not isinstance(each, Placeholder)]
     weights = sum(each.nbytes for each in tensors) + held(model)[0]

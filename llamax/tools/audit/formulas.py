@@ -19,7 +19,8 @@ of down, whose result backward does not need.  Without sequence parallelism a la
 all-reduces.  Context ranks gather keys and values of whole sequences in every layer, again where
 attention is recomputed, and reduce-scatter their gradients.  Around a ring those
 of n - 1 other ranks arrive one by one, in backward once more, and gradients, in float32, as often.
-An optimizer step has one reduce-scatter and one all-gather for each bucket.  From ZeRO-2 on the
+An optimizer step has one reduce-scatter and one all-gather for each bucket, and where groups of
+data ranks own the same, an all-reduce of each reduced run over them.  From ZeRO-2 on the
 reduce-scatter is in every microstep instead, and in ZeRO-3 so are the all-gathers of a weight: in
 forward, and for layers again where they are recomputed.
 """
@@ -150,16 +151,19 @@ def update(
     mesh: Mesh, groups: Sequence[GroupShape], zero: int, kv: int, spikes: bool = False
 ) -> list[Traffic]:
     """The collectives of an optimizer step; ``spikes``: whether it skips outliers."""
-    d, found = mesh.dp * mesh.cp, list[Traffic]()
+    d, copies, axis = mesh.owners, mesh.copies, "replica"
+    if not zero:
+        d, copies, axis = 1, mesh.dp * mesh.cp, "data"
+    found = list[Traffic]()
     if zero:
         found += _scattered(mesh, [group for group in groups if group.zero == 1])
         found += _weights(mesh, [group for group in groups if group.zero < 3])
-    elif d > 1:
-        gradients = sum(GRADIENT_BYTES * group.elements for group in groups)
+    if copies > 1:
+        run = sum(GRADIENT_BYTES * group.elements for group in groups) // d
         buckets = sum(group.buckets for group in groups)
-        found += [Traffic("all-reduce", "data", buckets, round(2 * gradients * (d - 1) / d))]
+        found += [Traffic("all-reduce", axis, buckets, round(2 * run * (copies - 1) / copies))]
     if partial := [group for group in groups if group.partial]:
-        run = sum(GRADIENT_BYTES * group.elements for group in partial) // (d if zero else 1)
+        run = sum(GRADIENT_BYTES * group.elements for group in partial) // d
         count = sum(group.buckets for group in partial)
         found += [Traffic("all-reduce", "tp", count, round(2 * run * (mesh.tp - 1) / mesh.tp))]
     if shared := sum(group.shared for group in groups):
@@ -181,18 +185,19 @@ def _gathered(mesh: Mesh, groups: Sequence[GroupShape], passes: int) -> list[Tra
 def _weights(mesh: Mesh, groups: Sequence[GroupShape]) -> list[Traffic]:
     """One all-gather for each bucket."""
     whole = sum(group.width_bytes * group.elements for group in groups)
-    return _over_data(mesh, "all-gather", groups, whole)
+    return _over_owners(mesh, "all-gather", groups, whole)
 
 
 def _scattered(mesh: Mesh, groups: Sequence[GroupShape]) -> list[Traffic]:
     """One reduce-scatter for each bucket."""
     whole = sum(GRADIENT_BYTES * group.elements for group in groups)
-    return _over_data(mesh, "reduce-scatter", groups, whole)
+    return _over_owners(mesh, "reduce-scatter", groups, whole)
 
 
-def _over_data(mesh: Mesh, kind: str, groups: Sequence[GroupShape], whole: int) -> list[Traffic]:
-    d, count = mesh.dp * mesh.cp, sum(group.buckets for group in groups)
-    return [Traffic(kind, "data", count, round(whole * (d - 1) / d))] if d > 1 and count else []
+def _over_owners(mesh: Mesh, kind: str, groups: Sequence[GroupShape], whole: int) -> list[Traffic]:
+    d, count = mesh.owners, sum(group.buckets for group in groups)
+    axis = "shard" if mesh.copies > 1 else "data"
+    return [Traffic(kind, axis, count, round(whole * (d - 1) / d))] if d > 1 and count else []
 
 
 def _scalars(mesh: Mesh, count: int, nbytes: int) -> list[Traffic]:

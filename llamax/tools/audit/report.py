@@ -221,7 +221,7 @@ def _show_collectives(kind: Kind) -> Iterator[str]:
         measured, computed = traced.get((axis, verb), none), expected.get((axis, verb), none)
         formula = "-" if kind.formula is None else _counted(computed)
         yield (
-            f"  {axis:<6} {verb:<28}{measured.count:>7,}{show_bytes(measured.sent_bytes):>17}   "
+            f"  {axis:<7} {verb:<27}{measured.count:>7,}{show_bytes(measured.sent_bytes):>17}   "
             f"{'the same' if measured == computed else formula}"
         )
 

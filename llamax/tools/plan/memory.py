@@ -52,6 +52,7 @@ from llamax.tools.plan.state import (
     gradients,
     gradients_of,
     in_flight,
+    met,
     on_host,
     state,
     update,
@@ -177,6 +178,7 @@ def communication(share: Share, machine: Machine) -> Line:
         hidden = hidden if hidden <= STAGED_BYTES else 0
         whole = share.config.parallel.zero == 0 and bucket > STAGED_BYTES
         bucket = 0 if whole else min(bucket, STAGED_BYTES)
+        bucket += met(share) if met(share) <= STAGED_BYTES else 0
     ways = 2 if share.sequence else 1  # an all-reduce works in place
     return Line(
         "communication",

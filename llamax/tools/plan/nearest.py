@@ -44,6 +44,7 @@ CHANGED = (
     "data.micro_batch",
     "run.recompute",
     "parallel.zero",
+    "parallel.zero_ranks",
     *SAVERS,
 )
 

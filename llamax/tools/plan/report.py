@@ -49,9 +49,10 @@ def headline(run: ResolvedRun, machines: str) -> str:
     config, mesh, data = run.config, run.mesh, run.config.data
     context = f" x context {_context(config)}" if mesh.cp > 1 else ""
     pipeline = f" x pipeline {mesh.pp}" if mesh.pp > 1 else ""
+    over = f", ZeRO-{config.parallel.zero} over {mesh.owners}" if mesh.copies > 1 else ""
     return (
         f"{show_number(config.model.num_parameters())} parameters in {config.run.dtype} on "
-        f"{machines}: tensor {mesh.tp}{context}{pipeline} x data {mesh.dp}, "
+        f"{machines}: tensor {mesh.tp}{context}{pipeline} x data {mesh.dp}{over}, "
         f"{count(run.accumulation, 'microstep')} of {data.micro_batch} x "
         f"{data.sequence_length} tokens, recompute {config.run.recompute}"
     )
@@ -154,6 +155,7 @@ def zero_notes(plan: Plan) -> Iterator[str]:
     run, zero = plan.run, plan.run.config.parallel.zero
     if zero < 2 or run.mesh.dp * run.mesh.cp == 1 or Share(run).tuned:
         return
+    yield from within_nodes(plan)
     parallel = replace(run.config.parallel, zero=1)
     config = replace(run.config, parallel=parallel)
     other = plan_run(replace(run, config=config), plan.machine, plan.nodes)
@@ -170,6 +172,23 @@ def zero_notes(plan: Plan) -> Iterator[str]:
         yield f"{text}; a larger data.micro_batch, parallel.tensor or parallel.pipeline sends less"
     else:
         yield text
+
+
+def within_nodes(plan: Plan) -> Iterator[str]:
+    """Where ZeRO over the data ranks of a node is faster than over those of several."""
+    run, machine = plan.run, plan.machine
+    owners, node = run.mesh.owners, max(machine.ranks // run.mesh.tp, 1)
+    if not 1 < node < owners or owners % node or machine.ranks % run.mesh.tp:
+        return
+    parallel = replace(run.config.parallel, zero_ranks=node)
+    config, mesh = replace(run.config, parallel=parallel), replace(run.mesh, shard=node)
+    other = plan_run(replace(run, config=config, mesh=mesh), machine, plan.nodes)
+    gained, more = plan.time.step_s - other.time.step_s, other.memory.peak - plan.memory.peak
+    if other.memory.fits and gained > 0.02 * other.time.step_s:
+        yield (
+            f"parallel.zero_ranks={node}, ZeRO within each node, would take {show_time(gained)} "
+            f"from each step for {show_bytes(more)} of memory"
+        )
 
 
 def rows(lines: Sequence[Line], show_value: Callable[[float], str]) -> Iterator[str]:
@@ -201,11 +220,13 @@ def show_search(config: Config, plans: Sequence[Plan], refused: Sequence[Refused
         program = f" {show_number(each.program):>7}" if sized else ""
         yield (
             f"  {mesh.tp:>6} {_context(there):>7} {mesh.pp:>8} {there.parallel.chunks:>6} "
-            f"{mesh.dp:>5} {there.parallel.zero:>4} {there.data.micro_batch:>5} "
+            f"{mesh.dp:>5} {_zero(there):>4} {there.data.micro_batch:>5} "
             f"{there.run.recompute:<9} {show_bytes(memory.peak):>9}{program} "
             f"{each.time.mfu:>6.1%} {show_number(each.time.tokens_per_s):>9} "
             f"{each.time.dollars:>10,.0f}  {', '.join(each.risks)}".rstrip()
         )
+    if any(each.run.mesh.copies > 1 for each in fitting[:BEST]):
+        yield "zero 3/8: ZeRO-3 over 8 data ranks, with the same in every such group"
     run = fitting[0].run
     yield (
         f"dollars of {show_number(run.total_tokens)} tokens in {count(run.steps, 'step')}: "
@@ -223,6 +244,12 @@ def show_search(config: Config, plans: Sequence[Plan], refused: Sequence[Refused
             shown = [*shown, risky]
     yield from (RISKS[kind] for kind in kinds if any(kind in each.risks for each in shown))
     yield from _reasons(plans, refused)
+
+
+def _zero(config: Config) -> str:
+    """The ZeRO stage, and the ranks that it cuts over where these are not all data ranks."""
+    parallel = config.parallel
+    return f"{parallel.zero}{f'/{parallel.zero_ranks}' * (parallel.zero_ranks > 0)}"
 
 
 def _context(config: Config) -> str:
@@ -270,7 +297,8 @@ def needs(plans: Sequence[Plan]) -> str:
         needed = f"{show_bytes(memory.host.value)} of {room} in host memory, {memory.host.formula}"
     parts = f"context {_context(config)}, " if mesh.cp > 1 else ""
     parts += f"pipeline {mesh.pp}, " if mesh.pp > 1 else ""
-    parts += f"ZeRO-{zero}, " if (zero := config.parallel.zero) > 1 else ""
+    over = f" over {mesh.owners}" if mesh.copies > 1 else ""
+    parts += f"ZeRO-{zero}{over}, " if (zero := config.parallel.zero) > 1 else ""
     return (
         f"({parts}micro-batch {config.data.micro_batch}, recompute {config.run.recompute}) needs "
         f"{needed}"
@@ -322,6 +350,7 @@ def as_json(plan: Plan) -> dict[str, object]:
         "chunks": run.config.parallel.chunks,
         "layers_per_stage": run.config.parallel.layers_per_stage,
         "zero": run.config.parallel.zero,
+        "zero_ranks": run.config.parallel.zero_ranks,
         "micro_batch": run.config.data.micro_batch,
         "recompute": run.config.run.recompute,
         "steps": run.steps,

@@ -14,7 +14,8 @@
                 accumulate    gradients: bytes / memory bandwidth
     pipeline    the bubble: a microstep of every stage but the slowest, which sets the pace, less
                 the gradients of weights where they are put off
-    step        AdamW: bytes / memory bandwidth; data: gradients out, weights in
+    step        AdamW: bytes / memory bandwidth; data: gradients out, weights in; replica: reduced
+                gradients over the groups that own the same
 
 The parts are added up: nothing is assumed to overlap.  Bytes of collectives are those of rings
 (parallel/collectives.py).  The fitted efficiencies of a machine absorb what runs do better.
@@ -162,7 +163,7 @@ def turns(share: Share) -> int:
 
 
 def data_time(share: Share, data: Wire) -> tuple[float, str]:
-    """Seconds of a step in which gradients and weights go over the data ranks, and the formula."""
+    """Seconds of a step in which gradients and weights go over the owners, and the formula."""
     zero, w, n = share.config.parallel.zero, share.width, share.accumulation
     elements = sum(group.elements for group in share.groups)
     count = f"{show_number(elements)} elements"
@@ -229,7 +230,7 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
     swaps = 2 * config.parallel.chunks - share.embeds - share.projects
 
     elements = sum(group.elements for group in share.groups)
-    owners = mesh.dp * mesh.cp
+    owners = mesh.owners
     data = wire(machine, owners, mesh.tp)
     whole = share.base[1] * owners if share.spread else 0.0
 
@@ -321,13 +322,15 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
     config, mesh, n, w = share.config, share.mesh, share.accumulation, share.width
     peak = machine.peak_flops(config.run.dtype)
     bandwidth = 1e9 * machine.memory_gbps * machine.memory_efficiency
-    elements, owners = sum(group.elements for group in share.groups), mesh.dp * mesh.cp
-    updated = elements / owners if config.parallel.zero else elements
+    elements, owners = sum(group.elements for group in share.groups), mesh.owners
+    run = elements / owners
+    updated = run if config.parallel.zero else elements
     element = 32 + w if config.optim.state_bits == 32 else 16 + w + ROUNDED_BYTES
     adamw = element * updated
     away = on_host(share, machine).value
     data = wire(machine, owners, mesh.tp)
     data_s, sent = data_time(share, data)
+    replica = wire(machine, mesh.copies, mesh.tp * owners)
     times = count(n, "microstep")
     lines = (
         *(Line(line.name, n * line.value, f"{times} x {line.formula}") for line in parts),
@@ -346,6 +349,12 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
             "data collectives",
             data_s,
             f"{sent} over {data.name} at {show_rate(data.bytes_per_s)}",
+        ),
+        Line(
+            "replica collectives",
+            replica.ring(4 * run, passes=2),
+            f"2 x 4 B x {show_number(run)} elements over {replica.name} at "
+            f"{show_rate(replica.bytes_per_s)}",
         ),
     )
     trained = adapter_elements(config) if share.tuned else 0

@@ -2,7 +2,8 @@
 
 Tried are all tensor degrees that divide the world, context degrees of powers of two that leave
 chunks of ``SHORTEST_CHUNK`` tokens or more, pipelines of equal and of nearly equal stages, equal
-stages also in chunks, ZeRO stages, all recompute modes and micro-batches of powers of two;
+stages also in chunks, ZeRO stages, also over the data ranks of a node, where those span several,
+all recompute modes and micro-batches of powers of two;
 parallel.data is the rest of the world.  Context ranks gather keys and values, and pass them around
 a ring, which is slower, where that does not fit or is tight.  Every other setting stays as
 configured.  Tensor and context ranks share a node, on every machine.
@@ -85,13 +86,30 @@ def divisions(
         if pipeline > 1:
             tried = [zero for zero in tried if zero < 2] or [1]
         for chunks in chunk_counts(config, pipeline):
+            cut = replace(configured, pipeline=pipeline, chunks=chunks)
             for zero in tried:
-                yield replace(configured, pipeline=pipeline, chunks=chunks, zero=zero)
+                for ranks in groups(config, machine, tensor, rest * context // pipeline, zero):
+                    yield replace(cut, zero=zero, zero_ranks=ranks)
     zero = configured.zero if configured.zero < 2 else 1
     for counts in uneven(config, rest):
         text = ",".join(map(str, counts))
         cut = replace(configured, pipeline=len(counts), chunks=1, layers_per_stage=text)
-        yield replace(cut, zero=zero)
+        ranks, *_ = groups(config, machine, tensor, rest * context // len(counts), zero)
+        yield replace(cut, zero=zero, zero_ranks=ranks)
+
+
+def groups(config: Config, machine: Machine, tensor: int, data: int, zero: ZeroStage) -> list[int]:
+    """The parallel.zero_ranks tried, the configured one first, if it divides the ``data`` ranks.
+
+    Those of a node are tried where weights or gradients of a microstep would cross the network.
+    """
+    configured, node = config.parallel.zero_ranks, machine.ranks // tensor
+    fits = zero > 0 and configured and data % configured == 0
+    tried = [configured if fits else 0]
+    spread = config.finetune.method == "qlora" and config.finetune.shard_base
+    if (zero > 1 or (zero and spread)) and 1 < node < data:
+        tried += [ranks for ranks in (0, node) if ranks not in tried]
+    return tried
 
 
 def chunk_counts(config: Config, pipeline: int) -> list[int]:

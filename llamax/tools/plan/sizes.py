@@ -184,7 +184,7 @@ class Share:
         bits = 8.0 * self.width
         if finetune.method == "qlora":
             bits = 8.0 if finetune.quant == "int8" else nf4_bits(finetune.double_quant)
-        ranks = self.mesh.dp * self.mesh.cp if self.spread else 1
+        ranks = self.mesh.owners if self.spread else 1
         return plain, self.layers * self.layer_weights * bits / 8 / ranks
 
     @cached_property
@@ -198,7 +198,7 @@ class Share:
     @cached_property
     def gathered(self) -> int:
         """Elements of weights that ZeRO-3 gathers in a microstep: those of layers twice."""
-        if self.config.parallel.zero < 3 or self.tuned or self.mesh.dp * self.mesh.cp == 1:
+        if self.config.parallel.zero < 3 or self.tuned or self.mesh.owners == 1:
             return 0
         return 2 * (self.layers * self.layer_weights + self.head_weights)  # embedding and head
 
@@ -223,7 +223,7 @@ class Share:
     @cached_property
     def owners(self) -> int:
         """Data ranks that share the optimizer state."""
-        return self.mesh.dp * self.mesh.cp if self.config.parallel.zero else 1
+        return self.mesh.owners if self.config.parallel.zero else 1
 
     @cached_property
     def padded_groups(self) -> list[Group]:

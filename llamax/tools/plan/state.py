@@ -204,9 +204,9 @@ def update(share: Share, machine: Machine) -> Line:
     if not compiled(machine):
         return streamed(share)
     ranks, elements = share.owners, sum(group.elements for group in share.padded_groups)
-    if share.config.parallel.zero > 1 and ranks > 1:
+    if share.config.parallel.zero > 1 and ranks > 1 and share.mesh.copies == 1:
         return Line("update", 0.0, "the gradients are runs already")
-    runs, weights = GRADIENT_BYTES * elements // ranks, share.width * elements
+    runs, weights = GRADIENT_BYTES * elements // ranks, share.width * kept(share, 3)
     alone = share.mesh.dp * share.mesh.cp == 1  # else communication has these buckets
     bucket = min(share.config.parallel.bucket_bytes, gradients(share).value) if alone else 0
     return Line(
@@ -224,11 +224,24 @@ def streamed(share: Share) -> Line:
         moments_bytes(32) if optim.offload or optim.state_bits == 8 else 0
     )
     element += WORKING_BYTES if optim.state_bits == 8 else 0
+    summed = met(share) if share.config.parallel.zero == 3 else 0  # else no more than a bucket
+    if summed > element * run:
+        return Line("update", summed, "the largest run, summed over the groups that own it")
     return Line(
         "update",
         element * run,
         f"{element:g} B x {show_number(run)} elements of a bucket" if element else "in place",
     )
+
+
+def met(share: Share) -> int:
+    """Bytes of the largest run of a gradient that groups with the same state sum."""
+    if share.mesh.copies == 1:
+        return 0
+    largest = min(share.config.parallel.bucket_bytes // GRADIENT_BYTES, largest_group(share))
+    if share.config.parallel.zero == 3 and not share.tuned:  # a weight is a bucket of its own
+        largest = max(2 * share.feed_forward * share.model.hidden_size, share.head_weights)
+    return GRADIENT_BYTES * largest // share.owners
 
 
 def largest_group(share: Share) -> int:

@@ -94,3 +94,26 @@ def test_context_ranks_are_next_to_the_tensor_ranks() -> None:
     assert groups["data"] == ((0, 2, 4, 6), (1, 3, 5, 7)), "context ranks in data rank order"
     placed = Mesh(tp=4, cp=2, dp=4).on_trn1()
     assert placed.groups("cp")[0] == (0, 1), "in a node"
+
+
+def test_a_part_of_the_data_ranks_shares_what_zero_cuts() -> None:
+    mesh = Mesh.fill(16, tp=2, cp=2, shard=4)
+    assert (mesh.owners, mesh.copies) == (4, 2)
+    groups = mesh.axes()
+    assert groups["data"][0] == (0, 2, 4, 6, 8, 10, 12, 14)
+    assert groups["shard"][:2] == ((0, 2, 4, 6), (8, 10, 12, 14)), "neighbours"
+    assert groups["replica"][:2] == ((0, 8), (2, 10)), "the same place in each group"
+    for name in ("shard", "replica"):
+        assert sorted(rank for group in groups[name] for rank in group) == [*range(16)]
+
+
+@pytest.mark.parametrize("shard", [0, 4])
+def test_all_data_ranks_need_no_groups_of_their_own(shard: int) -> None:
+    mesh = Mesh(tp=2, dp=4, shard=shard)
+    assert (mesh.owners, mesh.copies) == (4, 1)
+    assert not {"shard", "replica"} & mesh.axes().keys()
+
+
+def test_groups_of_another_size_than_tiles_the_data_ranks_are_refused() -> None:
+    with pytest.raises(ValueError, match="runs of 3 do not tile 4 data ranks"):
+        Mesh(dp=4, shard=3)

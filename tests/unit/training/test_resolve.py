@@ -129,7 +129,7 @@ def test_wsd_keeps_its_proportions_in_a_short_run(
 def test_every_recipe_can_run_for_ten_steps(name: str) -> None:
     written = load_config(name, ["--run.steps=10"])
     parallel = written.parallel
-    world_size = parallel.tensor * parallel.context * parallel.pipeline
+    world_size = parallel.tensor * parallel.context * parallel.pipeline * (parallel.zero_ranks or 1)
     run = resolve(written, world_size, written.data.global_batch * 100)
     assert (run.steps, run.epochs) == (10, 0)
     assert run.warmup_steps <= 10

@@ -159,7 +159,7 @@ def test_no_smaller_change_leads_to_a_layout_that_fits() -> None:
     assert near.flags == ("--parallel.tensor=8",)
     one_change = [
         each
-        for each in search(config, TRN1, 4)[0]
+        for each in search(config, TRN1, 4, stages=(config.parallel.zero,))[0]
         if each.memory.fits
         and (each.run.config.data.micro_batch, each.run.config.run.recompute) == (1, "none")
     ]

@@ -108,7 +108,7 @@ def test_a_search_on_gpus_tries_zero_without_a_pipeline() -> None:
     assert {zero for pp, zero, _ in tried if pp > 1} == {1}
     assert {mode for _, zero, mode in tried if zero == 3} == {"none", "selective", "full"}
     assert {mode for pp, _, mode in tried if pp > 1} == {"none", "selective", "full"}
-    assert len(plans) + len(refused) < 1000  # a second or less
+    assert len(plans) + len(refused) < 1200  # a second or so
 
 
 @pytest.mark.parametrize(
