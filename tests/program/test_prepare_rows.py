@@ -360,3 +360,7 @@ def test_bad_options(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     prepare(tmp_path / "out", *with_template)
     with pytest.raises(DataError, match="another dataset, with template=dolly instead of alpaca"):
         prepare(tmp_path / "out", table, "--template", "alpaca", *given)
+    says = "another dataset, with fields=none instead of answer=output,context=input;"
+    fields = ("--field", "context=input", "--field", "answer=output")
+    with pytest.raises(DataError, match=says):
+        prepare(tmp_path / "out", *with_template, *fields)

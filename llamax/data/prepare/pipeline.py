@@ -391,4 +391,6 @@ def _plain(settings: Settings) -> dict[str, object]:
 
 
 def _short(value: object) -> str:
+    if isinstance(value, list):  # fields and their columns
+        return ",".join("=".join(map(str, pair)) for pair in value) or "none"
     return text if len(text := str(value)) <= 40 else f"{text[:37]!r}..."
