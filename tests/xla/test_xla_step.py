@@ -75,6 +75,8 @@ CASES = [
     Case("dp 4, ZeRO-3, tied", TIED, Mesh(dp=4), False, 3, recompute="full"),
     Case("tp 2, dp 2, sequence, ZeRO-2", MODEL, TP2_DP2, True, 2),
     Case("tp 2, dp 2, sequence, ZeRO-3", MODEL, TP2_DP2, True, 3, recompute="full"),
+    Case("tp 2, dp 2, ZeRO-2, a shared key/value head", TIED, TP2_DP2, True, 2),
+    Case("tp 2, dp 2, ZeRO-3, the same", TIED, TP2_DP2, True, 3, recompute="full"),
     Case("cp 2, dp 2, ZeRO-3", MODEL, Mesh(cp=2, dp=2), False, 3, recompute="full"),
     Case("dp 4 in groups of 2", TIED, Mesh(dp=4, shard=2), False, 1),
     Case("dp 4 in groups of 2, ZeRO-3", MODEL, Mesh(dp=4, shard=2), False, 3, recompute="full"),
