@@ -218,7 +218,7 @@ def test_a_model_survives_config_json(model: ModelConfig) -> None:
     assert ModelConfig.from_hub(json.loads(json.dumps(model.to_hub("bfloat16")))) == model
 
 
-@given(models)
+@given(models.filter(lambda model: model.hidden_size % model.num_attention_heads == 0))
 def test_transformers_reads_what_we_write(model: ModelConfig) -> None:
     import torch
     from transformers import LlamaConfig
