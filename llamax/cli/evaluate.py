@@ -38,7 +38,11 @@ def parser() -> Parser:
     )
     p.add_argument("--split", default="validation", help="split of the dataset (%(default)s)")
     p.add_argument(
-        "--sequence-length", type=int, default=0, metavar="N", help="tokens; default: the model's"
+        "--sequence-length",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens of a sample; default: those of the run, else the model's context",
     )
     p.add_argument(
         "--packing",

@@ -28,7 +28,7 @@ from llamax.checkpoint.peft import (
     find_base_folder,
     open_adapter,
 )
-from llamax.checkpoint.places import cut_from, dataset_of
+from llamax.checkpoint.places import config_beside, cut_from, dataset_of
 from llamax.checkpoint.plain_llama import MODEL_CLASS
 from llamax.checkpoint.prompt_record import prompt_of
 from llamax.checkpoint.reader import Checkpoint
@@ -65,6 +65,8 @@ class LoadedModel:
     """Content of generation_config.json."""
     prompt: PromptRecord | None = None
     """How training made text of rows; None if it did not, or if no file says so."""
+    sequence_length: int = 0
+    """Tokens of a sample in training; 0 if no file says so."""
 
     @property
     def ends(self) -> set[int]:
@@ -148,6 +150,7 @@ def open_model(path: Path, tokenizer: str = "", base: str = "") -> LoadedModel:
     if adapter is not None and (isinstance(adapter, Checkpoint) or has_tokenizer(adapter.folder)):
         trained = adapter
     prompt = None if adapter is None else prompt_of(adapter)
+    run = config_beside(trained.folder) if isinstance(trained, Checkpoint) else None
     return LoadedModel(
         source,
         model,
@@ -155,6 +158,7 @@ def open_model(path: Path, tokenizer: str = "", base: str = "") -> LoadedModel:
         None if adapter is None else path,
         source.generation,
         prompt or prompt_of(source),
+        run.data.sequence_length if run else 0,
     )
 
 

@@ -86,7 +86,8 @@ def evaluate(
         model: Hugging Face folder, run, checkpoint or folder of adapters.
         data: Dataset folder that ``prepare`` made, or the prefix of a Megatron dataset.
         split: Split of the dataset; a Megatron prefix is all "train".
-        sequence_length: Tokens per sample; 0: the model's context.
+        sequence_length: Tokens per sample; 0: as the run or checkpoint ``model`` trained, else the
+            model's context.
         packing: How documents are put into samples; see ``data.packing``.
         labels: Whether all tokens count or, of instruction data, those of answers.
         batches: Number of batches to evaluate, from the first; 0: all.
@@ -136,7 +137,9 @@ def evaluate(
     split_stops(loaded.tokenizer, stop)
     ranks, main = rank.world_size, rank.rank == 0
     data_config = DataConfig(
-        sequence_length=sequence_length or loaded.model.max_position_embeddings,
+        sequence_length=sequence_length
+        or loaded.sequence_length
+        or loaded.model.max_position_embeddings,
         global_batch=batch,
         micro_batch=batch,
         packing=packing,

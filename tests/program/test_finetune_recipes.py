@@ -103,7 +103,7 @@ def test_recipe_runs_at_a_tiny_size(
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 3
     capsys.readouterr()
     run, data = str(tmp_path / "run"), str(tmp_path / "data")
-    assert run_main(evaluate, [run, "--data", data, "--sequence-length", "128", "--json"]) == 0
+    assert run_main(evaluate, [run, "--data", data, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["loss"]
     exact = config.finetune.method != "qlora" and config.run.dtype == "float32"
     assert found == pytest.approx(losses[-1], rel=1e-4 if exact else 0.05)

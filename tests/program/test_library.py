@@ -268,6 +268,9 @@ def test_a_description_has_labels_and_values(folder: Path) -> None:
         (lambda f: llamax.audit("demo", nodes=0), "`nodes=0` is out of range; use 1 or more"),
         (lambda f: llamax.audit("demo", ranks="x"), "`ranks=x` is not known; use all, corners"),
         (lambda f: llamax.plan("demo", nodes=0), "`nodes=0` is out of range; use 1 or more"),
+        (lambda f: llamax.plan("demo", nodes="16"), "`nodes='16'` is not a whole number; use 1"),
+        (lambda f: llamax.plan("demo", ranks=4.0), "`ranks=4.0` is not a whole number; use 1"),
+        (lambda f: llamax.audit("demo", nodes=True), "`nodes=True` is not a whole number; use 1"),
         (lambda f: llamax.plan("demo", "trn3"), "`instance` trn3 is neither a TOML file nor"),
     ],
 )

@@ -34,7 +34,7 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
                 {"model.hidden_size": 66},
                 None,
                 "model.num_attention_heads=8 does not divide model.hidden_size=66; "
-                "use a divisor, or set model.head_dim",
+                "use a divisor, or a model.head_dim other than 8",
             )
         ],
         [{"model.hidden_size": 66, "model.head_dim": 16}],

@@ -16,7 +16,8 @@ def heads_divide_hidden(c: Config, world: World) -> Iterator[str]:
     if rest and c.model.head_dim == whole:
         yield (
             f"model.num_attention_heads={c.model.num_attention_heads} does not divide "
-            f"model.hidden_size={c.model.hidden_size}; use a divisor, or set model.head_dim"
+            f"model.hidden_size={c.model.hidden_size}; use a divisor, or a model.head_dim other "
+            f"than {whole}"
         )
 
 

@@ -55,6 +55,7 @@ from llamax.tools.audit.trace import (
     first_ranks,
     made_up_tokens,
 )
+from llamax.tools.plan.planner import check_count
 from llamax.tools.plan.program import largest_program
 from llamax.tools.plan.report import headline
 from llamax.tools.plan.sizes import Share
@@ -89,8 +90,7 @@ def audit(
             the machine.
         BackendError: If torch-xla is not installed.
     """
-    if nodes < 1:
-        raise ConfigError(f"`nodes={nodes}` is out of range; use 1 or more")
+    check_count("nodes", nodes)
     if ranks not in get_args(Ranks):
         raise ConfigError(f"`ranks={ranks}` is not known; use {', '.join(get_args(Ranks))}")
     machine = instance if isinstance(instance, Machine) else load_machine(instance)

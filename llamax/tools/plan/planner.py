@@ -110,6 +110,14 @@ def plan_length(
     return replace(plan_run(run, machine, nodes), length=length.origin)
 
 
+def check_count(name: str, value: object) -> None:
+    """Raise ConfigError unless parameter ``name`` is a whole number of 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"`{name}={value!r:.40}` is not a whole number; use 1 or more")
+    if value < 1:
+        raise ConfigError(f"`{name}={value}` is out of range; use 1 or more")
+
+
 def place(
     config: Config | str,
     instance: Machine | str = "",
@@ -126,8 +134,8 @@ def place(
     number of ranks.
     """
     for name, value in (("nodes", nodes), ("ranks", ranks)):
-        if value is not None and value < 1:
-            raise ConfigError(f"`{name}={value}` is out of range; use 1 or more")
+        if value is not None:
+            check_count(name, value)
     if dollars_per_hour is not None and not 0 <= dollars_per_hour < math.inf:
         raise ConfigError(f"`dollars_per_hour={dollars_per_hour:g}` is out of range; use 0 or more")
     written = config if isinstance(config, Config) else _load(config, overrides)
