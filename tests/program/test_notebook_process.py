@@ -141,7 +141,7 @@ def test_an_error_of_the_users_code_comes_through_and_leaves_nothing(
     data: Path, tmp_path: Path
 ) -> None:
     def broken(step: int) -> float:
-        return 1 // (step - 2)
+        return 1 // abs(step - 2)
 
     before, handlers = {*threading.enumerate()}, list(logger.handlers)
     for _ in range(2):
@@ -182,7 +182,7 @@ def test_a_plan_is_shown_in_a_line() -> None:
     shown = repr(llamax.plan("llama2-7b", nodes=4))
     assert shown.startswith("<llamax plan: 6.74B parameters on 4 x trn1.32xlarge, ")
     assert "(fits), " in shown
-    assert "DOES NOT FIT" in repr(llamax.plan("llama2-70b", overrides=["--parallel.tensor=32"]))
+    assert "DOES NOT FIT" in repr(llamax.plan("llama2-7b", overrides=["--data.micro_batch=16"]))
 
 
 def test_models_load_from_every_kind_of_folder_in_a_type(tmp_path: Path) -> None:
