@@ -221,11 +221,7 @@ def begin_id(loaded: LoadedModel, bos: bool | None) -> int | None:
 
     ``bos``: whether there is one, if tokenizer or model have a BOS; None: as the tokenizer does.
     """
-    tokenizer = loaded.tokenizer
-    if bos is None:
-        return begin_of_prompts(tokenizer, loaded.model.bos_token_id)
-    own = loaded.model.bos_token_id if tokenizer.bos_id is None else tokenizer.bos_id
-    return own if bos else None
+    return begin_of_prompts(loaded.tokenizer, loaded.model.bos_token_id, bos)
 
 
 def split_stops(tokenizer: Tokenizer, stops: Sequence[str]) -> tuple[list[str], set[int]]:

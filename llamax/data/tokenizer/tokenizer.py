@@ -218,14 +218,19 @@ class SentencePiece:
         return sentencepiece.SentencePieceProcessor(model_proto=without_prefix(self.raw))
 
 
-@without_gc()
-def begin_of_prompts(tokenizer: Tokenizer, model_bos: int | None) -> int | None:
-    """The token with which prompts begin by themselves, or None; ``model_bos``: the model's BOS."""
-    if not tokenizer.adds_bos:
+def begin_of_prompts(
+    tokenizer: Tokenizer, model_bos: int | None, bos: bool | None = None
+) -> int | None:
+    """The token with which prompts begin, or None; ``model_bos``: the model's BOS.
+
+    ``bos``: whether there is one, if tokenizer or model have a BOS; None: as the tokenizer does.
+    """
+    if not (tokenizer.adds_bos if bos is None else bos):
         return None
     return model_bos if tokenizer.bos_id is None else tokenizer.bos_id
 
 
+@without_gc()
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer from a file, from a folder with one, or from a repository of the Hub.
 

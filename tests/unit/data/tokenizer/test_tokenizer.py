@@ -205,6 +205,21 @@ def test_more_white_space_than_tiktoken_encodes_is_one_line(ranks: Path) -> None
             tokenizer.encode_documents(["x", text])
 
 
+def test_garbage_is_not_looked_for_while_a_tokenizer_is_loaded(
+    spm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    real = tokenizer_module.tokenizer_file
+
+    def look(folder: Path) -> Path:
+        seen.append(gc.isenabled())
+        return real(folder)
+
+    monkeypatch.setattr(tokenizer_module, "tokenizer_file", look)
+    load_tokenizer(spm)
+    assert seen == [False]
+
+
 def test_garbage_is_looked_for_again_after_loading(spm: Path, tmp_path: Path) -> None:
     assert gc.isenabled()
     assert load_tokenizer(spm).speed_up() == ""
