@@ -101,6 +101,10 @@ class Machine:
         """Bytes of device memory of a rank."""
         return self.memory_gib * GIB
 
+    def compiles(self, instructions: float) -> bool:
+        """Whether its compiler is known to take a program of so many instructions."""
+        return not self.program_instructions or instructions <= self.program_instructions
+
     @property
     def neuron(self) -> bool:
         """Whether its devices are Trainium chips."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 from llamax.config.choices import EAGER_BACKENDS, MODEL_DTYPES, QUANTIZED
-from llamax.runtime.errors import ConfigError
+from llamax.runtime.errors import ConfigError, check_whole
 
 
 def check_computing(
@@ -35,13 +35,6 @@ def check_computing(
             f"`quantize={quantize}` runs on the cpu alone, not with `backend={backend}`; leave one "
             "of them out"
         )
-
-
-def check_whole(name: str, value: Any) -> int:
-    """The value of a setting; ConfigError if it is no whole number."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ConfigError(f"`{name}={value!r:.40}` is not a whole number; write one")
-    return int(value)
 
 
 def check_number(name: str, value: Any) -> float:

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from llamax.config.model import ModelConfig
-from llamax.inference.checks import check_number, check_whole
+from llamax.inference.checks import check_number
 from llamax.inference.kv_cache import KVCache
 from llamax.inference.one_token import one_token
 from llamax.model.llama import Llama
-from llamax.runtime.errors import CheckpointError, ConfigError
+from llamax.runtime.errors import CheckpointError, ConfigError, check_whole
 from llamax.runtime.logging import logger
 from llamax.runtime.units import count
 

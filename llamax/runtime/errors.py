@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 MOST_PROBLEMS = 50  # listed by one error
 
@@ -116,6 +117,13 @@ def refuse(problems: list[str], where: str) -> None:
 
 
 # ---- wording
+
+
+def check_whole(name: str, value: object, use: str = "write one") -> int:
+    """The value of a parameter; ConfigError, with what to ``use``, if it is no whole number."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ConfigError(f"`{name}={value!r:.40}` is not a whole number; {use}")
+    return int(value)
 
 
 def join_or(choices: Sequence[object]) -> str:

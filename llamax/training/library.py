@@ -39,7 +39,7 @@ from llamax.config.schema import Config
 from llamax.config.toml import parse_toml, read_toml
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime import errors, signals
-from llamax.runtime.errors import ConfigError, LlamaxError, refuse
+from llamax.runtime.errors import ConfigError, LlamaxError, check_whole, refuse
 from llamax.runtime.logging import logger, setup_logging, show_line
 from llamax.training.local_ranks import ENDING_S, STOPPED, rank_environment
 from llamax.training.metrics import read_jsonl
@@ -91,9 +91,7 @@ def check_ranks(ranks: int, where: Rendezvous, *, own_parts: bool) -> None:
 
     ``own_parts``: whether it trains with parts of its own, which other programs do not know.
     """
-    if isinstance(ranks, bool) or not isinstance(ranks, int):
-        raise ConfigError(f"`ranks={ranks!r:.40}` is not a whole number; use 0 for none")
-    if ranks < 0:
+    if check_whole("ranks", ranks, "use 0 for none") < 0:
         raise ConfigError(f"`ranks={ranks}` is below 0; use 0 for none")
     if ranks and where.launcher:
         raise ConfigError(

@@ -35,18 +35,12 @@ class Parts:
                 f"`learning_rate={rate!r:.40}` is no function of the step; give one, or a number "
                 'as optim={"lr": NUMBER}'
             )
+        if rate is not None:
+            _check_takes_step(rate)
 
     def rate(self, step: int) -> float:
         """``learning_rate`` of a step; raises ConfigError for what is no rate."""
         assert self.learning_rate is not None
-        try:
-            signature(self.learning_rate).bind(step)
-        except TypeError as error:
-            raise ConfigError(
-                f"`learning_rate` cannot be called with a step: {error}; define learning_rate(step)"
-            ) from None
-        except ValueError:
-            pass  # a function of C may have no signature
         given = self.learning_rate(step)
         try:
             rate = float(given)
@@ -57,6 +51,17 @@ class Parts:
                 f"`learning_rate` gives {given!r:.40} for step {step}; return a number of 0 or more"
             )
         return rate
+
+
+def _check_takes_step(rate: Callable[[int], float]) -> None:
+    try:
+        signature(rate).bind(1)
+    except TypeError as error:
+        raise ConfigError(
+            f"`learning_rate` cannot be called with a step: {error}; define learning_rate(step)"
+        ) from None
+    except ValueError:
+        pass  # a function of C may have no signature
 
 
 LLAMAX = Parts()

@@ -1,4 +1,4 @@
-"""Whether prompts begin as the documents of training do is said by what ``generate`` does."""
+"""A run warns where the prompts of ``generate`` will begin otherwise than its documents."""
 
 from __future__ import annotations
 

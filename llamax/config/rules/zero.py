@@ -11,6 +11,13 @@ from llamax.config.schema import Config
 from llamax.runtime.units import count
 
 RULES = Rules()
+OF_ZERO_RANKS = (
+    "parallel.zero_ranks",
+    "parallel.tensor",
+    "parallel.context",
+    "parallel.pipeline",
+    "parallel.data",
+)
 
 
 @RULES.reading("parallel.zero", "parallel.pipeline")
@@ -34,30 +41,18 @@ def zero_ranks_have_a_stage(c: Config, world: World) -> Iterator[str]:
         )
 
 
-@RULES.reading(
-    "parallel.zero_ranks",
-    "parallel.tensor",
-    "parallel.context",
-    "parallel.pipeline",
-    "parallel.data",
-)
+@RULES.reading(*OF_ZERO_RANKS)
 def zero_ranks_divide_data_ranks(c: Config, world: World) -> Iterator[str]:
     ranks, of = c.parallel.zero_ranks, data_ranks(c, world)
     if ranks and of % ranks:
         kinds = "data and context rank" if c.parallel.context > 1 else "data rank"
         yield (
             f"parallel.zero_ranks={ranks} does not divide the {count(of, kinds)}"
-            f"{ways(use(c, world, 'parallel.zero_ranks', [0, *divisors(of)[1:]]))}"
+            f"{other_zero_ranks(c, world, of)}"
         )
 
 
-@RULES.reading(
-    "parallel.zero_ranks",
-    "parallel.tensor",
-    "parallel.context",
-    "parallel.pipeline",
-    "parallel.data",
-)
+@RULES.reading(*OF_ZERO_RANKS)
 def zero_ranks_share_nodes(c: Config, world: World) -> Iterator[str]:
     ranks, tensor, node = c.parallel.zero_ranks, c.parallel.tensor, world.node_ranks
     if node is None or not ranks or (of := data_ranks(c, world)) in (0, ranks):
@@ -67,8 +62,13 @@ def zero_ranks_share_nodes(c: Config, world: World) -> Iterator[str]:
             f"parallel.zero_ranks={ranks} x parallel.tensor={tensor} is "
             f"{count(ranks * tensor, 'rank')}, which neither divide a node of "
             f"{count(node, 'rank')} nor fill whole ones"
-            f"{ways(use(c, world, 'parallel.zero_ranks', [0, *divisors(of)[1:]]))}"
+            f"{other_zero_ranks(c, world, of)}"
         )
+
+
+def other_zero_ranks(c: Config, world: World, data: int) -> str:
+    """What parallel.zero_ranks may be instead, where there are so many ``data`` ranks."""
+    return ways(use(c, world, "parallel.zero_ranks", [0, *divisors(data)[1:]]))
 
 
 def data_ranks(c: Config, world: World) -> int:

@@ -349,12 +349,12 @@ def notes(config: Config) -> Iterator[str]:
 
 def large(run: ResolvedRun, machine: Machine) -> Iterator[str]:
     """A note where the largest program is more than the compiler is known to take."""
-    most, products = machine.program_instructions, largest_program(run, machine)
-    if 0 < most < products:
+    products = largest_program(run, machine)
+    if not machine.compiles(products):
         yield (
             f"the largest program has {show_number(products)} instructions for products at least, "
-            f"and neuronx-cc is known to compile {show_number(most)}; llamax plan --search lists "
-            "layouts with smaller programs"
+            f"and neuronx-cc is known to compile {show_number(machine.program_instructions)}; "
+            "llamax plan --search lists layouts with smaller programs"
         )
 
 

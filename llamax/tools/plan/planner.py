@@ -10,7 +10,7 @@ from functools import cached_property
 from llamax.config.hardware import Machine, default_machine, load_machine
 from llamax.config.load import load_config
 from llamax.config.schema import Config
-from llamax.runtime.errors import ConfigError
+from llamax.runtime.errors import ConfigError, check_whole
 from llamax.runtime.units import show_bytes, show_number
 from llamax.tools.plan.length import GivenLength, Length, length_of
 from llamax.tools.plan.memory import Memory, fullest
@@ -39,7 +39,7 @@ class Plan:
     @property
     def large(self) -> bool:
         """Whether the compiler of the machine is known to refuse programs of that size."""
-        return 0 < self.machine.program_instructions < self.program
+        return not self.machine.compiles(self.program)
 
     @property
     def risks(self) -> tuple[str, ...]:
@@ -112,9 +112,7 @@ def plan_length(
 
 def check_count(name: str, value: object) -> None:
     """Raise ConfigError unless parameter ``name`` is a whole number of 1 or more."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"`{name}={value!r:.40}` is not a whole number; use 1 or more")
-    if value < 1:
+    if check_whole(name, value, "use 1 or more") < 1:
         raise ConfigError(f"`{name}={value}` is out of range; use 1 or more")
 
 

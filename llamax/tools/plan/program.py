@@ -14,7 +14,7 @@ Whatever else a program does comes on top.
 from __future__ import annotations
 
 from llamax.config.hardware import Machine
-from llamax.tools.plan.roofline import attention_flops, forward_flops
+from llamax.tools.plan.roofline import attention_flops, forward_flops, layer_flops
 from llamax.tools.plan.sizes import Share, stages_of
 from llamax.training.resolve import ResolvedRun
 
@@ -28,12 +28,8 @@ def largest_program(run: ResolvedRun, machine: Machine) -> float:
 
 def program_flops(share: Share, machine: Machine) -> float:
     """FLOPs of the products in the largest program of a stage."""
-    layers, head, _ = forward_flops(share)
-    attended, attended_back = attention_flops(share, machine)
-    passes = 1 if share.tuned else 2  # of backward; a frozen weight needs no gradient
-    backward = passes * layers + attended_back
-    if share.config.run.recompute == "full":  # all but the down projection
-        down = 2 * share.tokens * share.layers * share.model.hidden_size * share.feed_forward
-        backward += layers - down
-    forward = layers + attended if share.projects else 0
-    return (forward + backward) / share.config.parallel.chunks + (1 + passes) * head
+    products = zip(layer_flops(share), attention_flops(share, machine), strict=True)
+    forward, backward = map(sum, products)
+    layers = backward + (forward if share.projects else 0)
+    head = (2 if share.tuned else 3) * forward_flops(share)[1]  # forward and backward
+    return layers / share.config.parallel.chunks + head

@@ -39,8 +39,6 @@ LARGE = (
     "large: the products of one of its programs are more instructions than neuronx-cc is known to "
     "compile; a larger pipeline or tensor degree, or a smaller micro-batch, makes programs smaller"
 )
-
-
 RISKS = {"tight": TIGHT, "large": LARGE}
 
 

@@ -124,6 +124,19 @@ def forward_flops(share: Share) -> tuple[float, float, float]:
     return layers, head, attention
 
 
+def layer_flops(share: Share) -> tuple[float, float]:
+    """FLOPs of the products with weights of layers in a microbatch, forward and backward.
+
+    A frozen weight needs no gradient; a recomputed layer leaves out its down projection.
+    """
+    forward = forward_flops(share)[0]
+    backward = (1 if share.tuned else 2) * forward
+    if share.config.run.recompute == "full":
+        down = 2.0 * share.tokens * share.layers * share.model.hidden_size * share.feed_forward
+        backward += forward - down
+    return forward, backward
+
+
 def attention_flops(share: Share, machine: Machine) -> tuple[float, float]:
     """FLOPs of the products of attention in a microbatch, forward and backward.
 
@@ -186,13 +199,12 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
     peak = machine.peak_flops(config.run.dtype)
     bandwidth = 1e9 * machine.memory_gbps * machine.memory_efficiency
 
-    layers, head, half = forward_flops(share)
+    _, head, half = forward_flops(share)
     again = 1 if mode == "full" else 0
     on_chip = loss_by_nki(share, machine)
     projected = 0 if on_chip or not share.projects else share.head_weights
     passes = 2 if share.tuned else 3  # a frozen weight needs no gradient
-    down = 2.0 * share.tokens * share.layers * share.model.hidden_size * share.feed_forward
-    matmul = (passes + again) * layers + passes * head * (not on_chip) - again * down
+    matmul = sum(layer_flops(share)) + passes * head * (not on_chip)
     matmul += 6.0 * share.tokens * share.adapters if share.tuned else 0.0
     weights = (passes + again) * (share.layers * share.layer_weights + projected) * w
     matmul_s = max(matmul / (peak * machine.matmul_efficiency), weights / bandwidth)
