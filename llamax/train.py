@@ -85,8 +85,8 @@ from llamax.training.setup import (
     throughput,
     writers,
 )
-from llamax.training.step import Step
 from llamax.training.step_check import StepCheck
+from llamax.training.step_result import Step
 
 
 def train(config: Config, where: Rendezvous, parts: Parts = LLAMAX) -> None:

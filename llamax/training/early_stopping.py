@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llamax.runtime.errors import CheckpointError
-from llamax.training.step import Step
+from llamax.training.step_result import Step
 
 WAITED = "validations_waited"
 

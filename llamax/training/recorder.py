@@ -15,7 +15,7 @@ from llamax.config.flops import mfu
 from llamax.runtime.units import tokens_per_s
 from llamax.training.console import ConsoleWriter
 from llamax.training.metrics import Record, Writer, Writers
-from llamax.training.step import Step
+from llamax.training.step_result import Step
 
 
 @dataclass(frozen=True)

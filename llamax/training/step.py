@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from llamax.model.placement import move_model
 from llamax.optim.loss_scale import LossScale, LossScaleState
 from llamax.optim.replicas import check_equal
 from llamax.optim.schedule import lr_at
-from llamax.optim.spikes import LARGEST, SpikeFilter
+from llamax.optim.spikes import SpikeFilter
 from llamax.optim.zero import Zero
 from llamax.parallel import context_parallel
 from llamax.parallel.collectives import Axes, Axis
@@ -45,118 +45,7 @@ from llamax.parallel.spread import gathered_again, prefetched
 from llamax.training import model_checks
 from llamax.training.pipeline import Compute, Stage, apart
 from llamax.training.resolve import ResolvedRun
-
-
-class Device(Protocol):
-    """What a step needs of a backend."""
-
-    def step_boundary(self) -> None:
-        """The end of a microstep, an update or a validation batch."""
-        ...
-
-    def fetch(self, tensors: Sequence[Tensor]) -> list[float]:
-        """Device scalars as Python floats; waits for the device."""
-        ...
-
-
-class EagerDevice:
-    """A device that runs each operation at once, without a backend around it."""
-
-    def step_boundary(self) -> None:
-        """Nothing is pending."""
-
-    def fetch(self, tensors: Sequence[Tensor]) -> list[float]:
-        return [float(tensor) for tensor in tensors]
-
-
-EAGER_DEVICE = EagerDevice()
-SAVE_REQUEST = 0.5  # of rank 0 alone; a request to stop is 1, so the sum tells both apart
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """The numbers of one optimizer step on the host, the same on every rank.
-
-    ``loss`` and ``validation_loss`` are means in nats; ``stop``: whether some rank wants to stop;
-    ``save``: whether rank 0 wants a checkpoint, unknown where some rank wants to stop;
-    ``loss_scale``: what the next step begins with, None where the loss is not scaled.  Above
-    ``loss_bound`` and ``norm_bound`` a step is an outlier.  ``labels``: how many counted.
-    """
-
-    number: int
-    loss: float
-    grad_norm: float
-    stop: bool
-    save: bool = False
-    validation_loss: float | None = None
-    loss_scale: LossScaleState | None = None
-    loss_bound: float = LARGEST
-    norm_bound: float = LARGEST
-    labels: float = 1.0
-
-    @property
-    def skipped(self) -> bool:
-        """Whether the step made no update: loss or norm is not finite, or an outlier."""
-        return not (self.loss <= self.loss_bound and self.grad_norm <= self.norm_bound)
-
-    @property
-    def overflowed(self) -> bool:
-        """Whether it made no update because a gradient overflowed, which a lower scale cures."""
-        scale, usual = self.loss_scale, self.loss <= self.loss_bound
-        overflow = usual and not self.grad_norm <= LARGEST
-        return scale is not None and scale.scale >= 1.0 and overflow
-
-
-class Step:
-    """One optimizer step; its numbers are on the device, 0-d, and the same on every rank.
-
-    Mean loss in nats, norm of the gradient, counted tokens, sum of the ranks' requests: 1 to stop,
-    ``SAVE_REQUEST`` to save.  ``bounds``, if any, are those of loss and norm.
-    Where loss or norm is not finite, the norm is not.  Then, and where one is above its bound, no
-    rank has made an update.
-    """
-
-    def __init__(
-        self,
-        number: int,
-        loss: Tensor,
-        grad_norm: Tensor,
-        tokens: Tensor,
-        requests: Tensor,
-        device: Device = EAGER_DEVICE,
-        bounds: Sequence[Tensor] = (),
-    ) -> None:
-        self.number, self.device, self.bounds = number, device, bounds
-        self.loss, self.grad_norm, self.tokens, self.requests = loss, grad_norm, tokens, requests
-        self.validation_loss: Tensor | None = None
-        self.loss_scale: list[Tensor] = []  # that the next step begins with
-
-    @cached_property
-    def result(self) -> StepResult:
-        """The numbers on the host: fetched when first read, all at once, and then kept.
-
-        Waits for the device: read it while the next step runs.  A ``validation_loss`` is set
-        before.
-        """
-        values = [self.loss, self.grad_norm, self.tokens, self.requests, *self.loss_scale]
-        last = [] if self.validation_loss is None else [self.validation_loss]
-        fetched = self.device.fetch([*values, *self.bounds, *last])
-        loss, grad_norm, labels, requests, *more = fetched
-        scale, more = more[: len(self.loss_scale)], more[len(self.loss_scale) :]
-        bounds, validation = more[: len(self.bounds)], more[len(self.bounds) :]
-        loss_bound, norm_bound = bounds or (LARGEST, LARGEST)
-        return StepResult(
-            self.number,
-            loss,
-            grad_norm,
-            stop=requests >= 1.0,
-            save=0.0 < requests < 1.0,
-            validation_loss=validation[0] if validation else None,
-            loss_scale=LossScaleState.of(scale) if scale else None,
-            loss_bound=loss_bound,
-            norm_bound=norm_bound,
-            labels=labels,
-        )
+from llamax.training.step_result import EAGER_DEVICE, SAVE_REQUEST, Device, Step
 
 
 @dataclass(frozen=True)

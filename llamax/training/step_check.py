@@ -17,7 +17,7 @@ from typing import Any
 
 from llamax.runtime.errors import NotFinite
 from llamax.runtime.logging import logger
-from llamax.training.step import Step, StepResult
+from llamax.training.step_result import Step, StepResult
 
 # In the state of a checkpoint: the number of steps skipped up to it, and the first of them.
 SKIPPED_IN_A_ROW, SKIPPED_SINCE = "skipped_in_a_row", "skipped_since"

@@ -23,7 +23,8 @@ from llamax.optim.zero import Zero
 from llamax.parallel import pipeline, sharding
 from llamax.parallel.collectives import Axes
 from llamax.parallel.sharding import Cut
-from llamax.training.step import EAGER_DEVICE, TrainState
+from llamax.training.step import TrainState
+from llamax.training.step_result import EAGER_DEVICE
 from support.models import WIDE
 from support.step_reference import part_of
 

@@ -30,7 +30,8 @@ from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.training import pipeline
 from llamax.training.compile_guard import all_programs
-from llamax.training.step import EAGER_DEVICE, TrainState
+from llamax.training.step import TrainState
+from llamax.training.step_result import EAGER_DEVICE
 
 MODEL = tiny(num_hidden_layers=4)
 TOLERANCE = 2e-6

@@ -40,7 +40,8 @@ from llamax.parallel.collectives import Axes
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import BackendError
-from llamax.training.step import EAGER_DEVICE, TrainState
+from llamax.training.step import TrainState
+from llamax.training.step_result import EAGER_DEVICE
 
 TOLERANCE = 1e-6
 STEPS = 2

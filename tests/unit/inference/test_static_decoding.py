@@ -24,7 +24,7 @@ from llamax.inference.static_decoding import (
 from llamax.model.llama import Llama
 from llamax.parallel.collectives import Solo
 from llamax.runtime.errors import CheckpointError, ConfigError
-from llamax.training.step import EagerDevice
+from llamax.training.step_result import EagerDevice
 
 MODEL = tiny(initializer_range=0.4, max_position_embeddings=200)
 PROMPTS = [[1, 2, 3], [4] * 70, [5, 6]]

@@ -9,7 +9,7 @@ import torch
 
 from llamax.runtime.errors import CheckpointError
 from llamax.training.early_stopping import EarlyStopping
-from llamax.training.step import Step
+from llamax.training.step_result import Step
 
 
 def validated(loss: float) -> Step:

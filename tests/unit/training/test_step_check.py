@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from llamax.runtime.errors import NotFinite
-from llamax.training.step import Step
 from llamax.training.step_check import StepCheck
+from llamax.training.step_result import Step
 
 # --- verdicts ------------------------------------------------------------------------------------
 

@@ -18,8 +18,8 @@ from llamax.train import train
 from llamax.training.early_stopping import EarlyStopping
 from llamax.training.metrics import Record
 from llamax.training.recorder import Recorder, Throughput
-from llamax.training.step import Step
 from llamax.training.step_check import StepCheck
+from llamax.training.step_result import Step
 
 
 class Counting:
