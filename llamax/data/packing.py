@@ -125,12 +125,7 @@ class Packs:
                 ends.write((packed + np.cumsum(counts)).astype(np.uint64).data)
                 packed += len(documents)
             if not packed:
-                raise DataError(
-                    f"{self.file.path}: no document is left for samples of {self.length} tokens: "
-                    f"{self.longer} are longer (data.too_long={self.too_long}), "
-                    f"{self.answerless} of them without an answer in the part that would stay; "
-                    "use a greater data.sequence_length"
-                )
+                raise DataError(f"{self.file.path}: {self._nothing_left()}")
             index.write(bytes(-index.tell() % 8))
             samples = ends.tell() // 8
             ends.seek(0)
@@ -138,6 +133,17 @@ class Packs:
         index.seek(START)
         found = [packed, samples, self.places, self.longer, self.answerless]
         index.write(np.array(found, np.int64).data)
+
+    def _nothing_left(self) -> str:
+        """Why no document is left, and what to do."""
+        if not self.longer:
+            return "no document has two tokens or more; prepare longer ones"
+        cut = f"{self.answerless} of them without an answer in the part that would stay"
+        return (
+            f"no document is left for samples of {self.length} tokens: {self.longer} are longer, "
+            f"{'dropped (data.too_long=drop)' if self.too_long == 'drop' else cut}; use a greater "
+            "sequence length"
+        )
 
     def _measure(self, documents: Integers) -> tuple[Integers, Integers]:
         """The documents that are kept, and the number of places that each takes."""

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from llamax.config.schema import DataConfig
 from llamax.data.batch_plan import BatchPlan
 from llamax.data.dataset import Mixture, Split
 from llamax.data.packing import Packs
 from llamax.parallel.mesh import ALONE, Seat
+from llamax.runtime.errors import DataError
 from llamax.runtime.units import count
 
 if TYPE_CHECKING:
@@ -52,6 +55,34 @@ class Samples:
         if self.packs is not None:
             return len(self.packs)
         return max(1, -(-(len(self.file) - 1) // self.data.sequence_length))
+
+    def has_labels(self, batches: int = 0) -> bool:
+        """Whether some token of the first ``batches`` without shuffling is a label; 0: of all.
+
+        It reads samples up to the first label.
+        """
+        from llamax.ops import IGNORE_INDEX
+
+        loader = self.loader(ALONE, 0, shuffle=False)
+        count = min(loader.samples, (batches or loader.steps) * loader.global_batch)
+        samples = (loader.read(np.array([sample])) for sample in range(count))
+        return any((sample.labels != IGNORE_INDEX).any() for sample in samples)
+
+    def check_labels(self, batches: int = 0, more: str = "", every: str = "") -> None:
+        """Raise DataError if no token of the first ``batches`` is a label: the loss would be 0 / 0.
+
+        ``more`` and ``every`` are what to set for more batches, and for labels beside answers.
+        """
+        if self.has_labels(batches):
+            return
+        files = [part.file for part in self.parts or [self]]
+        place, remedy = "it", "prepare documents of two tokens or more"
+        if batches and self.has_labels():
+            first = f"first {count(batches, 'batch')}" if batches > 1 else "first batch"
+            place, remedy = f"its {first}", f"raise {more}"
+        elif self.answers and any(file.masked for file in files):
+            remedy = f"set {every}, or prepare rows with answers"
+        raise DataError(f"{files[0].path}: no token of {place} counts in the loss; {remedy}")
 
     def loader(self, dp: Axis | Seat, consumed: int, shuffle: bool, cp: Seat = ALONE) -> Batches:
         """This data rank's batches, after ``consumed`` samples of the run, or its part of them."""

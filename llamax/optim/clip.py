@@ -35,3 +35,8 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     if not max_norm:
         return torch.ones_like(norm)
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def is_finite(x: Tensor) -> Tensor:
+    """Whether each element is neither infinite nor NaN, in operations that every device has."""
+    return (x - x) == torch.zeros_like(x)

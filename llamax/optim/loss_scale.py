@@ -6,6 +6,7 @@
     g     <- g / scale               before the norm, clipping and the update
     scale <- scale x GROWTH          after ``interval`` updates in a row
              scale x BACKOFF         after a step without an update, as some gradient overflowed
+             scale                   after a step without a label, which has no gradient
 
 These are the decisions of torch.amp.GradScaler.  They follow from the norm of the gradient, which
 is the same on every rank, and so is the scale, without a collective.  A scale that a growth would
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from llamax.config.constants import LOSS_SCALE_STATE as STATE
+from llamax.optim.clip import is_finite
 from llamax.runtime.errors import CheckpointError
 
 GROWTH, BACKOFF = 2.0, 0.5  # exact in float16: a changed scale rounds nothing
@@ -102,19 +104,21 @@ class LossScale:
         """The numbers on the device, of this moment."""
         return [self.scale, self.good_steps, self.overflowed_steps]
 
-    def update(self, grad_norm: Tensor) -> None:
-        """Follow a step with this norm; it made an update where the norm is finite.
+    def update(self, grad_norm: Tensor, labels: Tensor) -> None:
+        """Follow a step with this norm and number of labels; it updated if the norm is finite.
 
         New tensors replace the old, which a caller may keep.  No Python number changes from step to
         step, so that a traced step stays one program.
         """
         none, one = torch.zeros_like(self.scale), torch.ones_like(self.scale)
-        updated = (grad_norm - grad_norm) == none
+        updated, empty = is_finite(grad_norm), labels == none
         good = self.good_steps + one
         enough = good >= torch.full_like(good, float(self.interval))
         grown = self.scale * self.growth
-        grown = torch.where((grown - grown) == none, grown, self.scale)
+        grown = torch.where(is_finite(grown), grown, self.scale)
         kept = torch.where(enough, grown, self.scale)
-        self.scale = torch.where(updated, kept, self.scale * self.backoff)
-        self.good_steps = torch.where(updated, torch.where(enough, none, good), none)
+        lower = torch.where(empty, self.scale, self.scale * self.backoff)
+        self.scale = torch.where(updated, kept, lower)
+        begun = torch.where(empty, self.good_steps, none)
+        self.good_steps = torch.where(updated, torch.where(enough, none, good), begun)
         self.overflowed_steps = self.overflowed_steps + torch.where(updated, none, one)

@@ -66,7 +66,7 @@ from llamax.config.schema import OptimConfig
 from llamax.optim import adamw
 from llamax.optim.blockwise import bits_of
 from llamax.optim.buckets import segments, weight
-from llamax.optim.clip import clip_factor, sum_of_squares
+from llamax.optim.clip import clip_factor, is_finite, sum_of_squares
 from llamax.optim.groups import Bucket, FlatBucket, Group, Key, Owned, split_like
 from llamax.optim.lazy import LazyGroup, lazy_group
 from llamax.optim.reduced_groups import ReducedGroup, SpreadGroup
@@ -75,11 +75,6 @@ from llamax.parallel.collectives import Axes
 from llamax.parallel.sharding import Replica, ShardedParameters
 from llamax.parallel.weight_gradient import GradientSum
 from llamax.runtime.errors import ConfigError
-
-
-def is_finite(norm: Tensor) -> Tensor:
-    """Whether a norm is neither infinite nor NaN, 0-d."""
-    return (norm - norm) == torch.zeros_like(norm)
 
 
 class Zero:

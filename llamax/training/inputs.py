@@ -204,6 +204,9 @@ def open_inputs(config: Config) -> Inputs:
     training, validation = Samples(dataset.train, data, config.run.seed), None
     if dataset.validation is not None and config.run.validates:
         validation = Samples(dataset.validation, data, config.run.seed)
+        batches = config.run.validate_batches
+        validation.check_labels(batches, "run.validate_batches", "data.labels=all")
+    training.check_labels(every="data.labels=all")
     return Inputs(config, dataset, training, validation, resumed, first, adapters, latest)
 
 

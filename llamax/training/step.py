@@ -170,7 +170,7 @@ class TrainState:
         grad_norm = self.optimizer.step(lr.squeeze(0), updates.squeeze(0), factor, *accepts)
         done = Step(number, loss, grad_norm, count, requests, self.backend, bounds)
         if scaling is not None:
-            scaling.update(grad_norm)
+            scaling.update(grad_norm, count)
             done.loss_scale = scaling.tensors
         if spikes is not None:
             spikes.add(bounds, loss, grad_norm)

@@ -118,5 +118,5 @@ def read_state(folder: Path) -> None:
     found = LossScaleState.from_json(values)
     if found is not None:
         scale = LossScale(found, torch.device("cpu"), 10)
-        scale.update(torch.ones(1))
+        scale.update(torch.ones(1), torch.ones(1))
         assert torch.isfinite(scale.scale).all()

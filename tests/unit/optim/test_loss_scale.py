@@ -16,6 +16,7 @@ from llamax.parallel.collectives import Solo
 from llamax.runtime.errors import CheckpointError
 
 CPU = torch.device("cpu")
+LABELS = torch.tensor(8.0)
 
 
 def torch_decisions(
@@ -48,7 +49,7 @@ def test_every_decision_is_that_of_torch(first: float) -> None:
         for norm, wanted in zip(
             norms, torch_decisions(first, interval, growth, backoff, norms), strict=True
         ):
-            scale.update(torch.tensor(norm))
+            scale.update(torch.tensor(norm), LABELS)
             skipped += not wanted[2]
             numbers = [float(tensor) for tensor in scale.tensors]
             assert LossScaleState.of(numbers) == LossScaleState(*wanted[:2], skipped)
@@ -60,10 +61,23 @@ def test_a_checkpoint_holds_every_bit_of_it() -> None:
     assert LossScaleState.from_json({"seed": 0}) is None
     scale = LossScale(LossScaleState(1.0), CPU, 2000)
     scale.load(state)
-    scale.update(torch.tensor(1.0))
+    scale.update(torch.tensor(1.0), LABELS)
     assert LossScaleState.of([float(tensor) for tensor in scale.tensors]) == LossScaleState(
         2.0**-148, 0, 7
     )
+
+
+def test_a_step_without_a_label_leaves_the_scale_and_the_row_of_updates() -> None:
+    """Its norm is NaN, as its loss is 0 / 0, and nothing overflowed; AdamW counts no update."""
+    scale = LossScale(LossScaleState(8.0), CPU, 3)
+    for norm, labels, wanted in (
+        (1.0, 4.0, LossScaleState(8.0, 1, 0)),
+        (math.nan, 0.0, LossScaleState(8.0, 1, 1)),
+        (1.0, 4.0, LossScaleState(8.0, 2, 1)),
+        (math.nan, 4.0, LossScaleState(4.0, 0, 2)),
+    ):
+        scale.update(torch.tensor(norm), torch.tensor(labels))
+        assert LossScaleState.of([float(tensor) for tensor in scale.tensors]) == wanted
 
 
 @pytest.mark.parametrize(
@@ -85,7 +99,7 @@ def test_a_damaged_scale_of_a_checkpoint_is_refused(damaged: object) -> None:
 def test_a_caller_may_keep_the_numbers_of_a_step() -> None:
     scale = LossScale(LossScaleState(8.0), CPU, 1)
     kept = scale.tensors
-    scale.update(torch.tensor(1.0))
+    scale.update(torch.tensor(1.0), LABELS)
     assert [float(tensor) for tensor in kept] == [8.0, 0.0, 0.0]
 
 

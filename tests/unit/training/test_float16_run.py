@@ -13,6 +13,7 @@ from support.step_reference import build, share, training
 
 from llamax.config.constants import HEARTBEATS_FOLDER
 from llamax.config.schema import Config
+from llamax.ops import IGNORE_INDEX
 from llamax.optim.loss_scale import LossScale, LossScaleState
 from llamax.parallel.collectives import Axes
 from llamax.parallel.rendezvous import Rendezvous
@@ -57,6 +58,18 @@ def test_a_finished_run_that_is_started_again_stays_at_its_last_step(tmp_path: P
         train(config, Rendezvous())
         beat = (tmp_path / "run" / HEARTBEATS_FOLDER / "rank-00000").read_text()
         assert json.loads(beat)["step"] == tiny_run.STEPS
+
+
+def test_a_step_without_a_label_leaves_the_loss_scale() -> None:
+    axes = Axes.solo()
+    scaling = LossScale(LossScaleState(1024.0), torch.device("cpu"), 2)
+    state = replace(training(build(TINY, axes, False).half(), axes, 1), loss_scale=scaling)
+    empty = [b._replace(labels=torch.full_like(b.labels, IGNORE_INDEX)) for b in share(axes, 1)]
+    found = [state.step(batches, number) for number, batches in enumerate((empty, empty), 1)]
+    assert [step.result.loss_scale for step in found] == [
+        LossScaleState(1024.0, 0, 1),
+        LossScaleState(1024.0, 0, 2),
+    ]
 
 
 def test_an_overflow_leaves_the_update_after_it_as_it_would_be() -> None:
