@@ -23,6 +23,7 @@ from llamax.tools.monitor.columns import Numbers, read_columns
 
 COLUMNS = ("consumed_tokens", "loss", "validation_loss")
 ENDINGS = (".png", ".svg", ".pdf")
+UNITS = ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
 MARK = "llamax plot"  # the maker of a picture, in its metadata
 
 
@@ -57,8 +58,9 @@ def draw(
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
     labels: list[str] = []
+    scale, unit = unit_of(max(columns["consumed_tokens"].max() for columns in runs.values()))
     for name, columns in runs.items():
-        tokens, validation = columns["consumed_tokens"] / 1e6, columns["validation_loss"]
+        tokens, validation = columns["consumed_tokens"] / scale, columns["validation_loss"]
         (train,) = axes.plot(tokens, columns["loss"], linewidth=1, alpha=0.6, label=".")
         labels.append(name)
         validated = ~np.isnan(validation)
@@ -76,7 +78,7 @@ def draw(
         name, value = reference
         axes.axhline(value, color="grey", linestyle="--", linewidth=1, label=".")
         labels.append(f"{name} {value:.2f}")
-    axes.set_xlabel("consumed tokens, millions")
+    axes.set_xlabel(f"consumed tokens, {unit}" if unit else "consumed tokens")
     axes.set_ylabel("loss, nats per token")
     axes.grid(alpha=0.3)
     # matplotlib leaves out labels that begin with "_", and reads "$" as mathematics
@@ -93,6 +95,11 @@ def draw(
         replace_output(out, picture.getvalue(), lambda before: MARK.encode() in before)
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror}); check `out`") from None
+
+
+def unit_of(tokens: float) -> tuple[float, str]:
+    """The unit of an axis that ends at so many tokens, and its name; none below a thousand."""
+    return next((unit for unit in UNITS if tokens >= unit[0]), (1.0, ""))
 
 
 def read_runs(folders: Sequence[Path]) -> dict[str, dict[str, Numbers]]:

@@ -68,6 +68,30 @@ def test_names_are_drawn_letter_by_letter(tmp_path: Path) -> None:
         assert name in drawn
 
 
+@pytest.mark.parametrize(
+    ("tokens", "label", "last"),
+    [
+        (16.0, "consumed tokens", "16"),
+        (1e3, "consumed tokens, thousands", "1.0"),
+        (800e3, "consumed tokens, thousands", "800"),
+        (30e6, "consumed tokens, millions", "30"),
+        (5e9, "consumed tokens, billions", "5"),
+        (15e12, "consumed tokens, trillions", "14"),
+    ],
+)
+def test_the_axis_has_the_unit_of_the_longest_run(
+    tmp_path: Path, tokens: float, label: str, last: str
+) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    long = {**CURVES, "consumed_tokens": np.array([0.0, tokens])}
+    short = {**CURVES, "consumed_tokens": np.array([0.0, tokens / 1e3])}
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        plot.draw({"short": short, "long": long}, tmp_path / "p.svg")
+    drawn = texts_in(tmp_path / "p.svg")
+    assert label in drawn
+    assert any(text.startswith(last) for text in drawn), "a tick near the end, in that unit"
+
+
 @pytest.mark.parametrize("loss", [1e308, -1e308, 0.0])
 def test_any_finite_loss_is_drawn(tmp_path: Path, loss: float) -> None:
     pytest.importorskip("matplotlib")
