@@ -15,31 +15,37 @@ neuron  trn2, trn3 by TorchNeuron  torch.distributed, neuron
 
 from __future__ import annotations
 
-from llamax.backends.base import NAMES, Backend
+from llamax.backends.base import NAMES, TRAINING, Backend, Words
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import BackendError
 
 
 def choose(
-    name: str, rendezvous: Rendezvous, threads: int = 0, stochastic_rounding: bool = False
+    name: str,
+    rendezvous: Rendezvous,
+    threads: int = 0,
+    stochastic_rounding: bool = False,
+    words: Words = TRAINING,
 ) -> Backend:
     """The backend of a name.
 
     ``threads``: of a rank on ``cpu``, 0 for an equal share of the cores.  ``stochastic_rounding``:
-    of NeuronCores (``xla``).  Raises BackendError for an unknown backend or one without a device.
+    of NeuronCores (``xla``).  ``words``: those of messages.  Raises BackendError for an unknown
+    backend or one without a device.
     """
     from llamax.backends.torch_distributed import Cpu, Cuda, Neuron
 
     if name == "cpu":
-        return Cpu(rendezvous, threads)
+        return Cpu(rendezvous, threads, words)
     if name == "cuda":
-        return Cuda(rendezvous)
+        return Cuda(rendezvous, words)
     if name == "xla":
         from llamax.backends.xla import Xla
 
-        return Xla(rendezvous, stochastic_rounding)
+        return Xla(rendezvous, stochastic_rounding, words)
     if name == "neuron":
-        return Neuron(rendezvous)
+        return Neuron(rendezvous, words)
     raise BackendError(
-        f"run.backend={name} is not available in this version of llamax; use {' or '.join(NAMES)}"
+        f"{words.backend(name)} is not available in this version of llamax; use "
+        f"{' or '.join(NAMES)}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,6 +15,29 @@ from llamax.parallel.mesh import Mesh
 
 EAGER = ("cpu", "cuda", "neuron")  # run each operation immediately, so values can be read
 NAMES = (*EAGER, "xla")
+
+
+@dataclass(frozen=True)
+class Words:
+    """How messages of a backend name what the user of a program can change."""
+
+    setting: str = "run.backend={}"
+    less: str = (
+        ", a smaller data.micro_batch or run.recompute=full "
+        "(llamax plan shows the memory of a rank)"
+    )
+    wait: str = ", or raise run.timeout_s"
+    dtype: str = "run.dtype=bfloat16"
+
+    def backend(self, name: str) -> str:
+        """The setting that chooses a backend."""
+        return self.setting.format(name)
+
+
+TRAINING = Words()
+INFERENCE = Words(
+    "`backend={}`", " or a smaller `batch`", "", "`dtype=bfloat16`"
+)  # generate, evaluate
 
 
 class Backend(Protocol):

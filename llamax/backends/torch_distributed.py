@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from llamax.backends import cpu
+from llamax.backends.base import TRAINING, Words
 from llamax.backends.of_rank_0 import of_rank_0
 from llamax.backends.torch_axes import GlooAxis, TorchAxis
 from llamax.config.hardware import gpu_peak_flops
@@ -44,8 +45,8 @@ class _TorchBackend:
     axis: type[TorchAxis] = TorchAxis
     traces = False
 
-    def __init__(self, rendezvous: Rendezvous) -> None:
-        self.rendezvous = rendezvous
+    def __init__(self, rendezvous: Rendezvous, words: Words = TRAINING) -> None:
+        self.rendezvous, self.words = rendezvous, words
 
     @contextmanager
     def joined(self, mesh: Mesh, timeout_s: float) -> Iterator[Axes]:
@@ -60,8 +61,7 @@ class _TorchBackend:
             if refused := NO_MEMORY.search(str(error)):
                 raise BackendError(
                     f"rank {self.rendezvous.rank} of {self.rendezvous.world_size} was refused "
-                    f"{refused[1]} of memory; use more ranks, a smaller data.micro_batch or "
-                    "run.recompute=full (llamax plan shows the memory of a rank)"
+                    f"{refused[1]} of memory; use more ranks{self.words.less}"
                 ) from error
             if isinstance(error, dist.DistError) or "gloo" in str(error):
                 raise LostRank(
@@ -95,8 +95,8 @@ class _TorchBackend:
         except (dist.DistError, RuntimeError) as error:
             raise BackendError(
                 f"rank {rendezvous.rank} of {rendezvous.world_size} could not join the others at "
-                f"{rendezvous.address}:{rendezvous.port} ({_first_line(error)}); start every rank, "
-                f"or raise run.timeout_s{_network_hint(error)}"
+                f"{rendezvous.address}:{rendezvous.port} ({_first_line(error)}); start every rank"
+                f"{self.words.wait}{_network_hint(error)}"
             ) from error
         made: Made = {}  # axes of the same ranks share one
         return Axes.of(mesh, rendezvous.rank, partial(self._axis, timeout, made))
@@ -140,8 +140,8 @@ class Cpu(_TorchBackend):
     name, collectives, axis = "cpu", "gloo", GlooAxis
     device = torch.device("cpu")
 
-    def __init__(self, rendezvous: Rendezvous, threads: int = 0) -> None:
-        super().__init__(rendezvous)
+    def __init__(self, rendezvous: Rendezvous, threads: int = 0, words: Words = TRAINING) -> None:
+        super().__init__(rendezvous, words)
         share = max(1, cores() // rendezvous.local_world_size)
         torch.set_num_threads(threads or requested_threads() or share)
         cpu.keep_heap()
@@ -161,13 +161,13 @@ class Cuda(_TorchBackend):
 
     name, collectives = "cuda", "nccl"
 
-    def __init__(self, rendezvous: Rendezvous) -> None:
-        super().__init__(rendezvous)
+    def __init__(self, rendezvous: Rendezvous, words: Words = TRAINING) -> None:
+        super().__init__(rendezvous, words)
         if rendezvous.local_world_size > (gpus := torch.cuda.device_count()):
             raise BackendError(
-                f"run.backend=cuda: {count(rendezvous.local_world_size, 'rank')} on this machine "
-                f"and {count(gpus, 'visible GPU')}, but every rank needs one; start fewer ranks or "
-                "use run.backend=cpu"
+                f"{words.backend('cuda')}: {count(rendezvous.local_world_size, 'rank')} on this "
+                f"machine and {count(gpus, 'visible GPU')}, but every rank needs one; start fewer "
+                f"ranks or use {words.backend('cpu')}"
             )
         self.device = torch.device("cuda", rendezvous.local_rank)
         torch.cuda.set_device(self.device)
@@ -193,23 +193,23 @@ class Neuron(_TorchBackend):
 
     name, collectives = "neuron", "neuron"
 
-    def __init__(self, rendezvous: Rendezvous) -> None:
-        super().__init__(rendezvous)
+    def __init__(self, rendezvous: Rendezvous, words: Words = TRAINING) -> None:
+        super().__init__(rendezvous, words)
         if find_spec("torch_neuronx"):
             import_module("torch_neuronx")
         if not hasattr(torch, "neuron"):
             sdk = torchneuron_sdk().name
             raise BackendError(
-                f"run.backend=neuron needs TorchNeuron (Neuron SDK {sdk} or newer, on "
-                "trn2 or trn3), which is not installed; on trn1 use run.backend=xla"
+                f"{words.backend('neuron')} needs TorchNeuron (Neuron SDK {sdk} or newer, on trn2 "
+                "or trn3), which is not installed; on trn1 train and generate with backend xla"
             )
         cores = torch.accelerator.device_count()
         if cores != 1:  # 1: the launcher has assigned one to this process
             if rendezvous.local_world_size > cores:
                 raise BackendError(
-                    f"run.backend=neuron: {count(rendezvous.local_world_size, 'rank')} on this "
-                    f"machine and {count(cores, 'visible NeuronCore')}, but every rank needs one; "
-                    "start fewer ranks"
+                    f"{words.backend('neuron')}: {count(rendezvous.local_world_size, 'rank')} on "
+                    f"this machine and {count(cores, 'visible NeuronCore')}, but every rank needs "
+                    "one; start fewer ranks"
                 )
             torch.accelerator.set_device_index(rendezvous.local_rank)
         self.device = torch.device("neuron")

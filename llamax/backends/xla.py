@@ -32,6 +32,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _get_default_store
 
 from llamax.backends import nxd, xla_install
+from llamax.backends.base import TRAINING, Words
 from llamax.backends.of_rank_0 import of_rank_0
 from llamax.config.hardware import default_machine, load_machine
 from llamax.parallel.collectives import Axes, Axis, Reduction, Solo
@@ -152,9 +153,14 @@ class Xla:
     name = "xla"
     traces = True
 
-    def __init__(self, rendezvous: Rendezvous, stochastic_rounding: bool = False) -> None:
-        self.rendezvous = rendezvous
-        self.neuron = xla_install.configure(os.environ, rendezvous, stochastic_rounding)
+    def __init__(
+        self,
+        rendezvous: Rendezvous,
+        stochastic_rounding: bool = False,
+        words: Words = TRAINING,
+    ) -> None:
+        self.rendezvous, self.words = rendezvous, words
+        self.neuron = xla_install.configure(os.environ, rendezvous, stochastic_rounding, words)
         import torch_xla
         import torch_xla.core.xla_model as xm
         import torch_xla.debug.metrics as metrics
@@ -167,9 +173,9 @@ class Xla:
             dist.init_process_group("xla", init_method="xla://")
         if runtime.world_size() != rendezvous.world_size:
             raise BackendError(
-                f"run.backend=xla: torch-xla has a world of {runtime.world_size()}, the launcher "
-                f"one of {rendezvous.world_size}; without NeuronCores every process is a world of "
-                "one: start one rank, or use run.backend=cpu"
+                f"{words.backend('xla')}: torch-xla has a world of {runtime.world_size()}, the "
+                f"launcher one of {rendezvous.world_size}; without NeuronCores every process is a "
+                f"world of one: start one rank, or use {words.backend('cpu')}"
             )
         self.device: torch.device = torch_xla.device()
         self._barriers = 0
@@ -205,7 +211,8 @@ class Xla:
         self.torch_xla.sync()
         if found := set(self.metrics.executed_fallback_ops()) - self._fallbacks:
             raise BackendError(
-                f"run.backend=xla: {', '.join(sorted(found))} ran on the host in a step; use "
+                f"{self.words.backend('xla')}: {', '.join(sorted(found))} ran on the host in a "
+                "step; use "
                 "operations that torch-xla compiles, and backend.fetch instead of .item()"
             )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from llamax.backends.base import TRAINING, Words
 from llamax.parallel.rendezvous import Rendezvous, neuron_variables
 from llamax.runtime.errors import BackendError
 from llamax.runtime.versions import TORCH_XLA, XLA_REQUIREMENTS, installed
@@ -17,14 +18,15 @@ NEURON_DEVICE = Path("/dev/neuron0")
 DEPRECATED = ("XLA_USE_BF16", "XLA_DOWNCAST_BF16")
 
 
-def check(torch_xla: str | None, torch_version: str) -> None:
+def check(torch_xla: str | None, torch_version: str, words: Words = TRAINING) -> None:
     """Raise BackendError unless the installed versions match each other and llamax."""
-    remedy = f"install {' and '.join(XLA_REQUIREMENTS)}, or use run.backend=cpu"
+    remedy = f"install {' and '.join(XLA_REQUIREMENTS)}, or use {words.backend('cpu')}"
+    chosen = words.backend("xla")
     if torch_xla is None:
-        raise BackendError(f"run.backend=xla needs torch-xla, which is not installed; {remedy}")
+        raise BackendError(f"{chosen} needs torch-xla, which is not installed; {remedy}")
     if not torch_xla.startswith(f"{TORCH_XLA}."):
         raise BackendError(
-            f"run.backend=xla needs torch-xla {TORCH_XLA} but {torch_xla} is installed; {remedy}"
+            f"{chosen} needs torch-xla {TORCH_XLA} but {torch_xla} is installed; {remedy}"
         )
     if not torch_version.startswith(f"{TORCH_XLA}."):
         raise BackendError(
@@ -34,18 +36,21 @@ def check(torch_xla: str | None, torch_version: str) -> None:
 
 
 def configure(
-    environ: MutableMapping[str, str], rendezvous: Rendezvous, stochastic_rounding: bool
+    environ: MutableMapping[str, str],
+    rendezvous: Rendezvous,
+    stochastic_rounding: bool,
+    words: Words = TRAINING,
 ) -> bool:
     """Set the variables that torch-xla reads on import, and import it.
 
     Returns whether the device is a NeuronCore.  Raises BackendError where it cannot be used.
     """
-    check(installed("torch-xla"), torch.__version__)
+    check(installed("torch-xla"), torch.__version__, words)
     for name in DEPRECATED:
         if environ.get(name):
             raise BackendError(
                 f"{name}={environ[name]} would turn float32 masters into bfloat16; unset it and "
-                "set run.dtype=bfloat16"
+                f"set {words.dtype}"
             )
     neuron = environ.setdefault("PJRT_DEVICE", _device()) == "NEURON"
     if neuron:

@@ -232,14 +232,14 @@ def _open_blend(path: str, words: list[str], verify: Verify, vocab_size: int) ->
             "a weight has no dataset" if wrong is None else f"{wrong!r} is not a weight above 0"
         )
         raise DataError(
-            f"data.path={path!r}: {problem}; write weights and datasets in turn: 0.7 web 0.3 books"
+            f"blend {path!r}: {problem}; write weights and datasets in turn: 0.7 web 0.3 books"
         )
     places = [Path(word).resolve() for word in words[1::2]]
     if twice := [
         word for word, n in zip(words[1::2], map(places.count, places), strict=True) if n > 1
     ]:
         raise DataError(
-            f"data.path={path!r}: {twice[0]} is there twice, and would give each sample twice; "
+            f"blend {path!r}: {twice[0]} is there twice, and would give each sample twice; "
             "write it once, with the sum of its weights"
         )
     parts = [open_dataset(word, verify, vocab_size) for word in words[1::2]]

@@ -7,7 +7,11 @@ from numbers import Real
 from typing import Any
 
 from llamax.config.choices import EAGER_BACKENDS, MODEL_DTYPES, QUANTIZED
-from llamax.runtime.errors import ConfigError, check_whole
+from llamax.config.model import ModelConfig
+from llamax.config.schema import Config, DataConfig, ParallelConfig
+from llamax.config.validate import problems
+from llamax.runtime.errors import ConfigError, check_whole, refuse
+from llamax.runtime.units import count
 
 
 def check_computing(
@@ -35,6 +39,14 @@ def check_computing(
             f"`quantize={quantize}` runs on the cpu alone, not with `backend={backend}`; leave one "
             "of them out"
         )
+
+
+def check_ranks(model: ModelConfig, ranks: int) -> None:
+    """Raise ConfigError for a number of ranks that cannot share a model."""
+    parallel, data = ParallelConfig(tensor=ranks, sequence=False), DataConfig(sequence_length=1)
+    found = problems(Config(model, parallel, data=data))  # other ranks would be another world
+    world = f"a world of {count(ranks, 'rank')}"
+    refuse([each.replace(f"parallel.tensor={ranks}", world) for each in found], "the model")
 
 
 def check_number(name: str, value: Any) -> float:

@@ -22,15 +22,15 @@ from typing import IO, Any, Literal
 import torch
 
 from llamax.backends import choose
-from llamax.config.schema import Config, DataConfig, ParallelConfig
-from llamax.config.validate import check
+from llamax.backends.base import INFERENCE
+from llamax.config.schema import DataConfig
 from llamax.data.dataset import Mixture, open_dataset
 from llamax.data.prepare.row_samples import EmptyAnswer, check_fields, read_sample
 from llamax.data.prepare.tables import plan_tables, read_rows
 from llamax.data.samples import Samples
 from llamax.data.stream import Stream
 from llamax.data.token_file import TokenFile
-from llamax.inference.checks import check_computing, check_stops
+from llamax.inference.checks import check_computing, check_ranks, check_stops
 from llamax.inference.engine import Engine, LoadedModel, begin_id, open_model, split_stops
 from llamax.inference.generate import (
     ALONE,
@@ -136,17 +136,20 @@ def evaluate(
     loaded = open_model(Path(model), str(tokenizer), str(base))
     split_stops(loaded.tokenizer, stop)
     ranks, main = rank.world_size, rank.rank == 0
+    check_ranks(loaded.model, ranks)
+    longest = loaded.model.max_position_embeddings
+    if sequence_length > longest:
+        raise ConfigError(
+            f"`sequence_length={sequence_length}` is beyond max_position_embeddings={longest} of "
+            "the model; use that or less"
+        )
     data_config = DataConfig(
-        sequence_length=sequence_length
-        or loaded.sequence_length
-        or loaded.model.max_position_embeddings,
+        sequence_length=sequence_length or loaded.sequence_length or longest,
         global_batch=batch,
         micro_batch=batch,
         packing=packing,
         labels=labels,
     )
-    parallel = ParallelConfig(tensor=ranks, sequence=False)
-    check(Config(loaded.model, parallel, data=data_config))  # other ranks would be another world
     samples, prompts, references = None, list[Prompt](), list[str]()
     stop_ids = set(loaded.ends)
     formatted = template or loaded.prompt
@@ -154,6 +157,7 @@ def evaluate(
         raise ConfigError("`test_file` needs `template`, the format of the questions")
     if data is not None:
         samples = Samples(open_split(Path(data), split, loaded), data_config, seed=0)
+        samples.check_labels(batches, "`batches`", "`labels=all`")
         if main:
             logger.info("%s", samples)
     else:
@@ -168,7 +172,7 @@ def evaluate(
         prompts, references = read_test(str(test_file), wording, limit)
         stop_ids |= wording.stop_ids
         check_prompts(loaded.model, [prompt.ids for prompt in prompts], max_new_tokens)
-    opened = choose(backend, rank, threads)
+    opened = choose(backend, rank, threads, words=INFERENCE)
     with ExitStack() as stack:
         file = stack.enter_context(new_file(Path(out))) if out is not None and main else None
         kv = loaded.model.kv_replicas(ranks)
@@ -193,8 +197,8 @@ def _pattern(extract: str | re.Pattern[str] | None) -> re.Pattern[str] | None:
 def loss_of(model: Llama, samples: Samples, batches: int = 0, bar: bool = False) -> dict[str, Any]:
     """Mean loss of a model in nats per counted token, with the numbers of tokens and samples.
 
-    ``batches``: number of batches, from the first; 0: all.  ``bar``: show a progress bar.  Raises
-    DataError if no token counts.
+    ``batches``: number of batches, from the first; 0: all.  Some token of them counts
+    (``Samples.check_labels``).  ``bar``: show a progress bar.
     """
     device = model.tp.rank_index.device
     total, counted = 0.0, 0
@@ -206,8 +210,6 @@ def loss_of(model: Llama, samples: Samples, batches: int = 0, bar: bool = False)
         documents = None if batch.documents is None else batch.documents.to(device)
         loss_sum, count = model.loss(ids, labels, positions, documents_BS=documents)
         total, counted = total + float(loss_sum), counted + int(count)
-    if not counted:
-        raise DataError(f"{samples.file.path}: none of its tokens counts; use `labels=all`")
     loss = total / counted
     return {
         "loss": loss,
@@ -220,13 +222,13 @@ def loss_of(model: Llama, samples: Samples, batches: int = 0, bar: bool = False)
 def open_split(folder: Path, split: str, model: LoadedModel) -> Stream:
     """The tokens of a split; DataError if there is none, or if another tokenizer made it."""
     dataset = open_dataset(folder, vocab_size=model.model.vocab_size)
-    dataset.check_vocabulary(model.model.vocab_size)
     fingerprint = dataset.fingerprint
     if fingerprint and fingerprint != model.tokenizer.fingerprint:
         raise DataError(
             f"{folder}: made with tokenizer {fingerprint[:12]}, but the model's is "
             f"{model.tokenizer.fingerprint[:12]}; prepare the data with that one"
         )
+    dataset.check_vocabulary(model.model.vocab_size)
     splits = {"train": dataset.train, "validation": dataset.validation}
     found = splits.get(split)
     if isinstance(found, Mixture):

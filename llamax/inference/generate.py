@@ -21,14 +21,12 @@ from typing import IO, Any, NamedTuple
 import torch
 
 from llamax.backends import choose
-from llamax.backends.base import Backend
+from llamax.backends.base import INFERENCE, Backend
 from llamax.checkpoint.peft import is_adapter
 from llamax.config.choices import BACKENDS
-from llamax.config.schema import Config, DataConfig, ParallelConfig
-from llamax.config.validate import check
 from llamax.data.prepare.file_kinds import Row
 from llamax.data.prepare.row_samples import check_fields
-from llamax.inference.checks import check_computing, check_stops
+from llamax.inference.checks import check_computing, check_ranks, check_stops
 from llamax.inference.engine import (
     Completion,
     Engine,
@@ -280,8 +278,7 @@ class Opened(NamedTuple):
 def _load(path: Path, tokenizer: str, base: str, ranks: int) -> LoadedModel:
     """Open a model's files; raises what ``generate`` raises."""
     loaded = open_model(path, tokenizer, base)
-    parallel, data = ParallelConfig(tensor=ranks, sequence=False), DataConfig(sequence_length=1)
-    check(Config(loaded.model, parallel, data=data))  # other ranks would be another world
+    check_ranks(loaded.model, ranks)
     return loaded
 
 
@@ -316,7 +313,7 @@ def _engines(
     """A function that builds a model's engine, and the file ``out``, while ranks are joined."""
     ranks = rank.world_size
     kv = max(1, ranks // min(opened.model.model.num_key_value_heads for opened in models))
-    backend = choose(settings.backend, rank, settings.threads)
+    backend = choose(settings.backend, rank, settings.threads, words=INFERENCE)
     home = torch.device("cpu") if backend.traces else backend.device
     with ExitStack() as stack:
         file = None

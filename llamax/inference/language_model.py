@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from llamax.backends import choose
+from llamax.backends.base import Words
 from llamax.config.choices import EAGER_BACKENDS
 from llamax.data.prepare.file_kinds import Row
 from llamax.inference.checks import check_computing
@@ -264,7 +265,7 @@ def load(
     loaded = open_model(Path(path), str(tokenizer), str(base))
     with kept_threads():
         try:
-            chosen = choose(backend, place, threads).device
+            chosen = choose(backend, place, threads, words=Words("device {}")).device
         except BackendError as error:
             raise BackendError(f"`device={device}` cannot be used here: {error}") from None
         model = loaded.build(Solo("tp", chosen), chosen, dtype, model_class, quantize)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import unicodedata
+from dataclasses import replace
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
@@ -21,13 +22,15 @@ from support.models import DECIDED as MODEL
 import llamax
 from llamax.cli.evaluate import main as evaluate
 from llamax.cli.generate import main as generate
+from llamax.cli.serve import main as serve
 from llamax.data.chat.encode import Encoder
 from llamax.data.chat.templates import BUILT_IN, make_sample
 from llamax.data.dataset import open_dataset
+from llamax.data.token_file import TokenWriter
 from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.inference.generate import new_file, write_line
 from llamax.inference.side_by_side import columns
-from llamax.runtime.errors import ConfigError
+from llamax.runtime.errors import BackendError, ConfigError
 from llamax.runtime.process import Main, run_main
 
 
@@ -218,7 +221,7 @@ def test_mistakes_are_one_line(
     assert "--stop is empty" in refused(capsys, evaluate, hub, "--data", data, "--stop", "")
     assert "needs no --base" in refused(capsys, evaluate, hub, "--data", data, "--base", hub)
     long = refused(capsys, evaluate, hub, "--data", data, "--sequence-length", 256)
-    assert "is above model.max_position_embeddings=128" in long
+    assert "--sequence-length=256 is beyond max_position_embeddings=128" in long
     other = tmp_path / "t"
     other.mkdir()
     llama2_tokenizer(other, 500)
@@ -240,3 +243,66 @@ def test_mistakes_are_one_line(
     line = refused(capsys, generate, hub, "--template", "dolly", "--prompts-file", empty, "--field",
                    "instruction=Q")  # fmt: skip
     assert "row 1: has no field for the instruction (looked for Q; found question, answer)" in line
+
+
+def test_a_split_without_a_label_is_refused_before_the_model_is_loaded(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The answers lie beyond the first samples, or nowhere; its loss would be 0 / 0."""
+    (hub := tmp_path / "hub").mkdir()
+    for name in ("config.json", "tokenizer.model", "model.safetensors"):
+        (hub / name).write_bytes((folder / "hub" / name).read_bytes())
+    size = (hub / "model.safetensors").stat().st_size
+    with open(hub / "model.safetensors", "r+b") as file:  # weights that nobody may read
+        file.seek(size // 2)
+        file.write(b"\xff" * (size // 2))
+    data = folder / "data"
+    header = open_dataset(data).train.header
+    for answers, place, remedy in (
+        (0, "it", "set --labels=all, or prepare rows with answers"),
+        (1, "its first batch", "raise --batches"),
+    ):
+        with TokenWriter(data / "odd.tokens", replace(header, sections={})) as writer:
+            for number in range(12):
+                counted = np.full(33, number >= 12 - answers)
+                writer.add(np.arange(33), np.array([33]), 33, counted)
+        given = (evaluate, hub, "--data", data, "--split", "odd", "--sequence-length", 32)
+        line = refused(capsys, *given, "--packing", "concat", "--batches", 1, "--batch", 2)
+        assert f"odd.tokens: no token of {place} counts in the loss; {remedy}" in line
+    (data / "odd.tokens").unlink()
+
+
+@pytest.mark.parametrize(
+    ("main", "more"),
+    [
+        (generate, ("--prompt", "Q")),
+        (evaluate, ("--test-file", "rows.jsonl", "--template", "dolly", "--max-new-tokens", "8")),
+        (serve, ("--port", "0")),
+    ],
+)
+def test_messages_name_the_options_of_the_command(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    main: Main,
+    more: tuple[str, ...],
+) -> None:
+    """Not the settings of a run, which it does not have."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    line = refused(capsys, main, "hub", *more, "--backend", "cuda")
+    assert "--backend=cuda: 1 rank on this machine and 0 visible GPUs" in line
+    assert line.endswith("use --backend=cpu")
+    line = refused(capsys, main, "hub", *more, "--backend", "neuron")
+    assert "--backend=neuron needs TorchNeuron" in line
+    if main is not serve:
+        for name, value in {"RANK": "0", "WORLD_SIZE": "3"}.items():
+            monkeypatch.setenv(name, value)
+        line = refused(capsys, main, "hub", *more)
+        assert "a world of 3 ranks does not divide" in line
+        assert "parallel." not in line
+
+
+def test_a_device_that_is_not_there_is_named_as_it_was_given(folder: Path) -> None:
+    with pytest.raises(BackendError, match=r"^`device=neuron` cannot be used .* device neuron"):
+        llamax.load(folder / "hub", device="neuron")

@@ -293,7 +293,7 @@ def test_a_world_that_does_not_divide_the_model(
     for key, value in {"RANK": "0", "WORLD_SIZE": "3"}.items():
         monkeypatch.setenv(key, value)
     line = refused(capsys, hub)
-    assert "parallel.tensor=3 does not divide model.num_attention_heads=4; use 1, 2 or 4" in line
+    assert "a world of 3 ranks does not divide model.num_attention_heads=4; use 1, 2 or 4" in line
 
 
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from llamax.backends import choose, cpu
+from llamax.backends.base import INFERENCE
 from llamax.checkpoint.peft import is_adapter
 from llamax.inference.checks import check_computing
 from llamax.inference.engine import open_model
@@ -140,7 +141,7 @@ def serve(
     allow_files(settings.connections, settings.connections + SPARE_FILES)
     listener = bind(settings.host, settings.port)
     with listener:
-        backend = choose(settings.backend, Rendezvous(), settings.threads)
+        backend = choose(settings.backend, Rendezvous(), settings.threads, words=INFERENCE)
         cpu.bound_heap()
         with reported("loading the model"):
             built, beside = build_served(

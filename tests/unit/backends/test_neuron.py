@@ -16,7 +16,7 @@ from llamax.runtime.errors import BackendError
 
 
 def test_native_neuron_is_refused_in_one_line_where_it_is_absent() -> None:
-    with pytest.raises(BackendError, match=r"needs TorchNeuron .* use run\.backend=xla$"):
+    with pytest.raises(BackendError, match=r"needs TorchNeuron .* with backend xla$"):
         choose("neuron", Rendezvous())
 
 
