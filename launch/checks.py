@@ -1,8 +1,7 @@
 """Checks of a job against the rules of each launcher, before anything starts.
 
 Sources: Kubernetes, "Object Names and IDs" (RFC 1035 and 1123 labels); mpi-operator's validation
-(the last worker's host name is a label); the grammar of Docker's image references; sbatch(1);
-SageMaker, CreateTrainingJob.
+(the last worker's host name is a label); sbatch(1).
 """
 
 from __future__ import annotations
@@ -12,28 +11,31 @@ import re
 from collections.abc import Iterator
 from shlex import quote
 
-from llamax.launch import cluster_checks, image, prepare, sagemaker, sagemaker_serve, serving, slurm
+from llamax.launch import (
+    cluster_checks,
+    image,
+    prepare,
+    sagemaker_checks,
+    sagemaker_serve,
+    serving,
+    slurm,
+)
 from llamax.launch.environment import RESERVED
+from llamax.launch.forms import image_problem, inside
 from llamax.launch.jobfile import JobFile
+from llamax.runtime.address import CACHES, problem, protocol
 from llamax.runtime.errors import ConfigError
-from llamax.runtime.hub_name import hub_name
 from llamax.runtime.units import count
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 LABEL = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
 SUBDOMAIN = re.compile(rf"{LABEL.pattern}(\.{LABEL.pattern})*")
-PART = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
-IMAGE = re.compile(
-    rf"(?:(?:localhost|[\w-]+(?:\.[\w-]+)+)(?::\d+)?/|[\w-]+:\d+/)?{PART}(?:/{PART})*"
-    r"(?::\w[\w.-]{0,127})?(?:@sha256:[0-9a-f]{64})?",
-    re.ASCII,
-)
 SLURM_WORD = re.compile(r"[A-Za-z0-9_.,-]*")
 SLURM_TIME = re.compile(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2})?")
+SLURM_SIGNAL_S = 65535
 SLURM_PATH = re.compile(r"[A-Za-z0-9._/@+=,-]*")
 BLEND = re.compile(r"\s*\d*\.?\d+\s+\S")
-INSTANCE_TYPE = re.compile(r"(?!ml\.)[a-z0-9-]+\.[a-z0-9-]+")
-SAGEMAKER_NAME = re.compile(r"[A-Za-z0-9](-*[A-Za-z0-9])*")
+HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 
 
 def problems(job: JobFile, launcher: str, phase: str) -> list[str]:
@@ -48,11 +50,14 @@ def problems(job: JobFile, launcher: str, phase: str) -> list[str]:
         ]
     if launcher not in ("k8s", "sagemaker"):  # they have stricter rules, below
         found += _name(job)
+    runs = not found and not (wrong := list(_run(job)))
     if not found:
-        found += _run(job)
-        if launcher == "sagemaker":
-            found += _instance_type(job)
-    found += _sagemaker(job, phase) if launcher == "sagemaker" else _shared(job)
+        found += wrong
+        found += sagemaker_checks.instance_type(job) if launcher == "sagemaker" else []
+    if launcher == "sagemaker":
+        found += sagemaker_checks.problems(job, phase, runs)
+    else:
+        found += _shared(job)
     if phase == "image" and not found:
         found += _image(job)
     if phase == "prepare":
@@ -74,22 +79,25 @@ def _serve(job: JobFile, launcher: str) -> list[str]:
         found += sagemaker_serve.problems(job) if launcher == "sagemaker" else []
     except ConfigError as error:
         found.append(first_problem(error))
-    for key, value in (("image", job.image), ("serve.image", job.serve.image)):
-        if value and not IMAGE.fullmatch(value):
-            found.append(_no_image(key, value))
+    found += [*image_problem("image", job.image), *image_problem("serve.image", job.serve.image)]
     if launcher != "sagemaker" and not job.serve.model:
         found.append(
             "serve.model is empty; set it to the folder that llamax consolidate or merge wrote"
         )
+    elif launcher != "sagemaker" and protocol(job.serve.model):
+        found.append(
+            f"serve.model={job.serve.model!r} is an address, not a path; copy it to a folder, or "
+            "use --on sagemaker and sagemaker.model"
+        )
     if launcher == "k8s":
         found += _kubernetes(job)
-        if not _inside(serving.folder(job), job.storage.mount or "/"):
+        if not inside(serving.folder(job), job.storage.mount or "/"):
             found.append(
                 f"serve.model={job.serve.model!r} is not below storage.mount={job.storage.mount}; "
                 "export the model there"
             )
     elif launcher == "sagemaker":
-        found += _sagemaker_name(job)
+        found += sagemaker_checks.name(job)
     else:
         found += _name(job)
         if not os.path.isabs(serving.folder(job)):
@@ -131,6 +139,8 @@ def _job(job: JobFile) -> Iterator[str]:
             f"{job.instance}: {machine.name}.devices=0, but a job asks for its {machine.unit}; "
             "write the number of chips or GPUs of a node"
         )
+    if protocol(job.compile_cache) and (why := problem(job.compile_cache, CACHES)):
+        yield f"compile_cache={job.compile_cache!r} {why}"
     yield from _environment(job)
 
 
@@ -177,14 +187,6 @@ def first_problem(error: ConfigError) -> str:
     return f"{head.rpartition(':')[0]}: {several[0]}; and {len(several) - 1} more"
 
 
-def _instance_type(job: JobFile) -> Iterator[str]:
-    if not job.local and not job.machine.instance_type:
-        yield (
-            f"instance={job.instance!r}: {job.machine.name} is no instance type of AWS; name the "
-            'table after the type, such as ["p5.4xlarge"]'
-        )
-
-
 def _shared(job: JobFile) -> Iterator[str]:
     """Problems of paths: working folder, dataset and run folder must be on the shared storage."""
     mount, folder = job.storage.mount, job.folder
@@ -195,7 +197,7 @@ def _shared(job: JobFile) -> Iterator[str]:
                 "such as /fsx"
             )
             return
-    if not _inside(folder, mount):
+    if not inside(folder, mount):
         yield f"storage.folder={folder} is not below storage.mount={mount}; put it there"
         return
     try:
@@ -203,16 +205,11 @@ def _shared(job: JobFile) -> Iterator[str]:
     except ConfigError:
         return  # reported by _run
     for key, value in (("data.path", config.data.path), ("run.folder", config.run.folder)):
-        if not job.local and not _inside(os.path.join(folder, value), mount):
+        if not job.local and not inside(os.path.join(folder, value), mount):
             yield (
                 f"{key}={value} is not below storage.mount={mount}: each node would have a "
                 f"different one; use overrides {key}={mount.rstrip('/')}/{os.path.basename(value)}"
             )
-
-
-def _inside(path: str, mount: str) -> bool:
-    path, mount = os.path.normpath(path), os.path.normpath(mount)
-    return path == mount or path.startswith(mount.rstrip("/") + "/")
 
 
 def _blend(job: JobFile) -> Iterator[str]:
@@ -226,6 +223,11 @@ def _blend(job: JobFile) -> Iterator[str]:
 def _torchrun(job: JobFile) -> Iterator[str]:
     if job.nodes > 1 and not job.torchrun.master:
         yield f"torchrun.master is empty; with nodes={job.nodes} set it to the first node"
+    elif job.torchrun.master and not HOST.fullmatch(job.torchrun.master):
+        yield (
+            f"torchrun.master={job.torchrun.master!r} is no name or IPv4 address of a machine; use "
+            "one such as trn1-0 or 10.0.0.1, without a port: it is port"
+        )
 
 
 def _mpirun(job: JobFile) -> Iterator[str]:
@@ -241,6 +243,11 @@ def _slurm(job: JobFile) -> Iterator[str]:
         yield (
             f"slurm.time_limit={job.slurm.time_limit!r} is not a time; use 2-00:00:00 for two days"
         )
+    elif job.slurm.signal_s > SLURM_SIGNAL_S:
+        yield (
+            f"slurm.signal_s={job.slurm.signal_s} is above the limit of sbatch; use "
+            f"{SLURM_SIGNAL_S} or less"
+        )
     elif 0 < (limit_s := slurm.seconds(job.slurm.time_limit)) <= job.slurm.signal_s:
         yield f"slurm.signal_s={job.slurm.signal_s} is not below slurm.time_limit, {limit_s} s"
     if not SLURM_PATH.fullmatch(job.folder):
@@ -255,16 +262,8 @@ def _slurm(job: JobFile) -> Iterator[str]:
         )
 
 
-def _base_image(job: JobFile) -> Iterator[str]:
-    if job.base_image and not IMAGE.fullmatch(job.base_image):
-        yield (
-            f"base_image={job.base_image!r} is not an image name; use registry/repository:tag in "
-            "lower case"
-        )
-
-
 def _kubernetes(job: JobFile) -> Iterator[str]:
-    yield from _base_image(job)
+    yield from image_problem("base_image", job.base_image)
     if job.secrets and not job.kubernetes.secret:
         files = "".join(f" --from-file={quote(f'{key}={path}')}" for key, path in job.secrets)
         yield (
@@ -281,6 +280,12 @@ def _kubernetes(job: JobFile) -> Iterator[str]:
         yield (
             f"name={job.name!r} is too long: its last pod {last} has {len(last)} characters, "
             f"Kubernetes allows 63; use {len(job.name) - len(last) + 63} or less"
+        )
+    mount = job.storage.mount
+    if os.path.isabs(mount) and (":" in mount or not mount.strip("/")):
+        yield (
+            f"storage.mount={mount!r} is refused by Kubernetes; use one such as /fsx, without a "
+            "colon and below /"
         )
     if not job.storage.claim:
         yield (
@@ -303,96 +308,4 @@ def _kubernetes(job: JobFile) -> Iterator[str]:
 def _image_name(job: JobFile) -> Iterator[str]:
     if not job.image:
         yield "image is empty; set it to the image that --phase image builds"
-    elif not IMAGE.fullmatch(job.image):
-        yield _no_image("image", job.image)
-
-
-def _no_image(key: str, name: str) -> str:
-    return f"{key}={name!r} is not an image name; use registry/repository:tag in lower case"
-
-
-def _sagemaker(job: JobFile, phase: str) -> Iterator[str]:
-    yield from _base_image(job)
-    if job.secrets and not job.sagemaker.secret:
-        yield (
-            "sagemaker.secret is empty, but there are secrets; set it to the name or ARN of a JSON "
-            "object in AWS Secrets Manager that has their names"
-        )
-    yield from _sagemaker_name(job)
-    if not IMAGE.fullmatch(job.image):
-        yield (
-            f"image={job.image!r} is not an image name; set it to the image that --phase image "
-            "builds"
-        )
-    if not job.sagemaker.role:
-        yield "sagemaker.role is empty; set it to the IAM role that SageMaker assumes"
-    if not job.sagemaker.data:
-        yield "sagemaker.data is empty; set it to the s3:// or file:// folder of the dataset"
-    if phase == "prepare":
-        yield from _sagemaker_prepare(job)
-    elif job.sagemaker.local:
-        if job.nodes > 1 or not (job.local or job.machine.backend == "cuda"):
-            yield (
-                f"sagemaker.local=true runs on the CPU or the GPUs of this machine, not on "
-                f"{job.nodes} x {job.instance}; try with instance=local and a small recipe, or use "
-                "sagemaker.local=false"
-            )
-    elif job.local:
-        yield "instance=local but sagemaker.local=false; use an instance such as trn1.32xlarge"
-    elif not job.sagemaker.output.startswith("s3://"):
-        yield (
-            f"sagemaker.output={job.sagemaker.output!r} is not an s3:// folder; checkpoints are "
-            "written there"
-        )
-    if phase == "train":
-        yield from _sagemaker_base(job)
-
-
-def _sagemaker_base(job: JobFile) -> Iterator[str]:
-    """Whether the model to start from is where the containers can read it."""
-    base, given = job.sagemaker.base, job.config.checkpoint.init_from
-    if base:
-        if not base.startswith(("s3://", "file:///")):
-            yield f"sagemaker.base={base!r} is not a folder; use s3://bucket/base or file:///base"
-    elif given and not os.path.isabs(given) and hub_name(given) is None:
-        yield (
-            f"checkpoint.init_from={given} is a folder that containers of SageMaker do not have; "
-            "copy it to S3 and set sagemaker.base, or give its name on the Hub"
-        )
-
-
-def _sagemaker_name(job: JobFile) -> Iterator[str]:
-    if not SAGEMAKER_NAME.fullmatch(job.name) or len(job.name) > sagemaker.LONGEST_NAME:
-        yield (
-            f"name={job.name!r} is refused by SageMaker; use letters, digits and -, up to "
-            f"{sagemaker.LONGEST_NAME} of them"
-        )
-
-
-def _sagemaker_prepare(job: JobFile) -> Iterator[str]:
-    """Problems of a processing job; all of its files are in one folder on S3 or here."""
-    settings = job.sagemaker
-    if settings.local:
-        yield (
-            "sagemaker.local=true has no phase prepare; use --on torchrun on this machine, or "
-            "sagemaker.local=false"
-        )
-        return
-    if settings.data and not settings.data.startswith("s3://"):
-        yield f"sagemaker.data={settings.data!r} is not an s3:// folder; tokens are written there"
-    if not settings.inputs.startswith(("s3://", "file:///")):
-        yield (
-            f"sagemaker.inputs={settings.inputs!r} is not a folder; set it to the s3:// or "
-            "file:/// folder with the files that [prepare] names"
-        )
-    if not INSTANCE_TYPE.fullmatch(settings.prepare_instance):
-        yield (
-            f"sagemaker.prepare_instance={settings.prepare_instance!r} is not an instance type; "
-            "use one such as c5.9xlarge, without ml."
-        )
-    for key, path in prepare.paths(job.prepare):
-        if not _inside(os.path.join(sagemaker.TEXT, path), sagemaker.TEXT):
-            yield (
-                f"prepare.{key}={path!r} is not in sagemaker.inputs; use a path that is relative "
-                "to it"
-            )
+    yield from image_problem("image", job.image)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from ipaddress import IPv4Network
 
 from llamax.launch.jobfile import JobFile
 
@@ -65,11 +66,19 @@ def problems(job: JobFile, launcher: str) -> Iterator[str]:
         )
     if not WORD.fullmatch(cluster.key):
         yield f"cluster.key={cluster.key!r} is no name of an EC2 key pair, which ssh needs"
-    if not re.fullmatch(r"\d+(\.\d+){3}/\d+", cluster.ssh_from) or cluster.ssh_from.endswith("/0"):
+    if not _is_range(cluster.ssh_from):
         yield (
             f"cluster.ssh_from={cluster.ssh_from!r} is no range of addresses; use yours, such as "
             "203.0.113.7/32"
         )
+
+
+def _is_range(text: str) -> bool:
+    """Whether a text is a range of IPv4 addresses, and not all of them."""
+    try:
+        return "/" in text and IPv4Network(text, strict=False).prefixlen > 0
+    except ValueError:
+        return False
 
 
 def _is_zone(name: str, region: str) -> bool:

@@ -90,7 +90,7 @@ class Slurm:
     account: str = ""
     """Account; empty: the default one."""
     time_limit: str = ""
-    """Limit as days-hours:minutes:seconds; empty: none."""
+    """Limit as days-hours:minutes:seconds; empty: the partition's."""
     signal_s: Count = 600
     """Time before the limit at which the job saves and is requeued [s]."""
     cpus: Natural = 0
@@ -124,7 +124,7 @@ class SageMaker:
     local: bool = True
     """Run in a container on this machine first, on its GPUs if instance has GPUs, else its CPU."""
     role: str = ""
-    """IAM role that SageMaker takes on."""
+    """ARN of the IAM role that SageMaker takes on."""
     output: str = ""
     """s3:// folder for checkpoints."""
     data: str = ""

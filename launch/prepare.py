@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from llamax.config.types import Count, Fraction, Natural
+from llamax.runtime.address import protocol
 from llamax.runtime.units import read_bytes
 
 SINGULAR = {"validation_files": "validation-file", "test_files": "test-file"}
@@ -145,6 +146,12 @@ def problems(settings: Prepare) -> Iterator[str]:
             "prepare.tokenizer is empty; set it to a tokenizer.model, tokenizer.json or folder, or "
             "set prepare.train_tokenizer"
         )
+    for key, path in paths(settings):
+        if protocol(path) not in ("", "hf"):
+            yield (
+                f"prepare.{key}={path!r} is an address, not a path; copy it to the storage, such "
+                "as by aws s3 sync"
+            )
     if settings.max_document:
         try:
             if read_bytes(settings.max_document) < 1:

@@ -25,9 +25,10 @@ from collections.abc import Iterator
 from shlex import quote
 from typing import Any
 
-from llamax.launch import sagemaker, serving
+from llamax.launch import sagemaker, sagemaker_checks, serving
 from llamax.launch.jobfile import JobFile
 from llamax.launch.script import SHEBANG
+from llamax.runtime.address import problem
 from llamax.runtime.errors import Interrupted
 
 MODEL = "/opt/ml/model"  # where SageMaker puts the folder
@@ -245,14 +246,19 @@ def _component(job: JobFile) -> dict[str, Any]:
 def problems(job: JobFile) -> Iterator[str]:
     """What SageMaker would refuse, one line each."""
     machine, local, model = job.server_machine, job.sagemaker.local, job.sagemaker.model
-    if not job.sagemaker.role:
-        yield "sagemaker.role is empty; set it to the IAM role that SageMaker assumes"
+    yield from sagemaker_checks.role(job)
+    if job.serve.image:
+        yield from sagemaker_checks.image(job, "serve.image", job.serve.image)
+    elif job.serve.engine == "llamax" and job.image:
+        yield from sagemaker_checks.image(job, "image", job.image)
     wanted, example = ("file:///", "file:///fsx/hub") if local else ("s3://", "s3://bucket/hub")
     if not model.startswith(wanted):
         yield (
             f"sagemaker.model={model!r} is no {wanted} folder, which "
             f"sagemaker.local={'true' if local else 'false'} needs; use one such as {example}"
         )
+    elif why := problem(model, ("s3", "file")):
+        yield f"sagemaker.model={model!r} {why}"
     if machine.neuron:
         yield (
             f"serve.instance={machine.name}: no image of vLLM for Trainium starts as SageMaker "

@@ -23,11 +23,21 @@ def head(job: JobFile, title: str, options: Iterable[str] = (), container: bool 
     lines = [SHEBANG, *options, f"# {job.name}: {title}", LITERAL, "set -euo pipefail"]
     lines += [enter_folder(job)]
     if job.venv:
-        lines += [f"PATH={quote(job.venv.rstrip('/') + '/bin')}:$PATH"]
+        lines += [activate(job)]
     for name, value, reason in variables(job, container):
         lines += [f"# {reason}", f"export {name}={quote(value)}"]
     lines += [] if container else secrets(job.secrets)
     return "\n".join([*lines, LIMIT, ""])
+
+
+def activate(job: JobFile) -> str:
+    """Put the programs of ``venv`` first, or end with a line that says that they are not here."""
+    programs = f"{job.venv.rstrip('/')}/bin"
+    missing = f"there is no folder {programs} on this machine; use the whole path of venv"
+    return (
+        f"[[ -d {quote(programs)} ]] || {{ echo {quote(missing)} >&2; exit 2; }}\n"
+        f"PATH={quote(programs)}:$PATH"
+    )
 
 
 def secrets(pairs: Iterable[tuple[str, str]]) -> Iterator[str]:
@@ -143,7 +153,7 @@ fi
 def tensorboard(job: JobFile) -> str:
     """The script that serves TensorBoard on the loopback of this machine."""
     events = f"{job.config.run.folder}/tensorboard"
-    path = f"PATH={quote(job.venv.rstrip('/') + '/bin')}:$PATH\n" if job.venv else ""
+    path = f"{activate(job)}\n" if job.venv else ""
     return f"""{SHEBANG}
 # {job.name}: curves at http://127.0.0.1:6006; from elsewhere ssh -L 6006:127.0.0.1:6006 HOST
 set -euo pipefail

@@ -29,6 +29,7 @@ from typing import Any
 
 from llamax.checkpoint.lock import lock_abandoned, lock_folder
 from llamax.config.constants import LOCK_FILE
+from llamax.runtime.address import refuse_address
 from llamax.runtime.errors import CheckpointError, NoRoom, Terminated
 from llamax.runtime.files import (
     NO_ROOM,
@@ -103,8 +104,10 @@ def new_folder(out: Path) -> Iterator[Path]:
     error.
 
     SIGTERM raises Terminated.  Raises CheckpointError if ``out`` is a link or exists and is not an
-    empty folder, or if another process makes it; NoRoom if the disk is full.
+    empty folder, or if another process makes it; NoRoom if the disk is full; ConfigError for an
+    address.
     """
+    refuse_address(out)
     with explain_write_errors(out, 0):
         if out.is_symlink():
             raise CheckpointError(

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from llamax.cli.launch import run_command
 from llamax.cli.options import Parser
+from llamax.runtime.address import CACHES, problem, protocol
 from llamax.runtime.errors import BackendError, ConfigError
 from llamax.runtime.process import run_main
 from llamax.runtime.text import print_text
@@ -67,6 +68,8 @@ def main(argv: Sequence[str]) -> int:
             if options.action == "fill"
             else f"{options.action} runs no command; use fill, or leave out -- and what follows"
         )
+    if protocol(options.place) and (why := problem(options.place, CACHES)):
+        raise ConfigError(f"--place {options.place} {why}")
     folder = options.cache or os.environ.get("NEURON_COMPILE_CACHE_URL") or NEURON_DEFAULT
     if "://" in folder:
         raise ConfigError(f"the compile cache {folder} is not a folder; set --cache")

@@ -25,6 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeGuard
 
+from llamax.runtime.address import refuse_address
 from llamax.runtime.errors import DataError, LinkError
 from llamax.runtime.warn import warn_once_per_run
 
@@ -186,8 +187,9 @@ def replace_output(path: Path, data: bytes, ours: Callable[[bytes], bool]) -> No
     """Write the output of a command, but over no other file than an earlier output.
 
     ``ours``: whether the content of a file is that of an earlier output.  Raises DataError if it is
-    not, and LinkError for a link or special file.
+    not, LinkError for a link or special file, and ConfigError for an address.
     """
+    refuse_address(path)
     with suppress(FileNotFoundError):
         before = read_file(path, MAX_INPUT)
         if before and not ours(before):

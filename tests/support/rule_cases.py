@@ -815,6 +815,25 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
         ],
         [{"checkpoint.init_from": ""}],
     ),
+    "folders_are_paths": (
+        [
+            (
+                {key: address},
+                None,
+                f"{key}={address} is an address of {kind}, not a path; copy it or mount it "
+                f"here, and use {use}",
+            )
+            for key, address, kind, use in (
+                ("data.path", "s3://bucket/tokens", "s3", "llamax prepare's folder"),
+                ("data.path", "0.5 data 0.5 s3://b/x", "s3", "llamax prepare's folder"),
+                ("data.validation", "gs://bucket/x", "gs", "llamax prepare's folder"),
+                ("run.folder", "file:///run", "file", "a folder for this run"),
+                ("checkpoint.resume", "s3:/bucket/run", "s3", "a checkpoint folder"),
+                ("checkpoint.init_from", "s3://b/x", "s3", "a folder, or org/name on the Hub"),
+            )
+        ],
+        [{"checkpoint.init_from": "hf://org/name"}, {"data.path": "c:/x"}, {"run.folder": "a:b"}],
+    ),
     "targets_match_modules": (
         [
             (

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from llamax.config.rules import Changes, Rules, World, fitting, fitting_values, ways
 from llamax.config.schema import NEURON_BACKENDS, Config
+from llamax.runtime.address import protocol
 
 RULES = Rules()
 
@@ -147,3 +148,20 @@ def folders_are_named(c: Config, world: World) -> Iterator[str]:
     ):
         if not value.strip():
             yield f"{key} is empty; use {use}"
+
+
+@RULES.reading()
+def folders_are_paths(c: Config, world: World) -> Iterator[str]:
+    for key, value, use in (
+        ("data.path", c.data.path, "llamax prepare's folder"),
+        ("data.validation", c.data.validation, "llamax prepare's folder"),
+        ("run.folder", c.run.folder, "a folder for this run"),
+        ("checkpoint.resume", c.checkpoint.resume, "a checkpoint folder"),
+        ("checkpoint.init_from", c.checkpoint.init_from, "a folder, or org/name on the Hub"),
+    ):
+        kind = next(filter(None, map(protocol, value.split())), "")
+        if kind and not (kind == "hf" and key == "checkpoint.init_from"):
+            yield (
+                f"{key}={value} is an address of {kind}, not a path; copy it or mount it here, and "
+                f"use {use}"
+            )

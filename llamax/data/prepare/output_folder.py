@@ -12,6 +12,7 @@ from pathlib import Path
 from llamax.data.megatron import indexed_prefix
 from llamax.data.prepare.chunks import SPLITS
 from llamax.data.tokenizer.special_tokens import FILES
+from llamax.runtime.address import refuse_address
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import make_folder, write_atomic
 
@@ -27,8 +28,9 @@ def make_parts_folder(out: Path, tokenizer: str | os.PathLike[str], key: str, ro
     key of the text; ``rows``: whether the dataset gets a chat template of its own.
 
     Raises DataError if the dataset would replace a file that llamax prepare did not make, or if
-    ``.parts`` is another program's.
+    ``.parts`` is another program's, and ConfigError for an address.
     """
+    refuse_address(out)
     parts = out / PARTS
     try:
         if not (parts / MARKER).is_file():

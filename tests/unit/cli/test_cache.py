@@ -77,10 +77,23 @@ def test_without_its_place_fill_compiles_and_then_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     local = tmp_path / "a"
-    with pytest.raises(BackendError, match="nothing://x cannot be opened"):
-        cache.main(["fill", "--place=nothing://x", f"--cache={local}", *compiling(local)])
+    with pytest.raises(BackendError, match="gs:// needs the package gcsfs"):
+        cache.main(["fill", "--place=gs://nothing/x", f"--cache={local}", *compiling(local)])
     assert (local / MODULE / "model.neff").exists()
     assert capsys.readouterr().err.endswith("; compiling without it\n")
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("ftp://x/y", "is no address that is known here; use s3://bucket/path, gs://bucket/path, "),
+        ("s3://", "names no bucket; use s3://bucket/path"),
+        ("hf://datasets/x", "names no repository of the Hub; use hf://datasets/org/name"),
+    ],
+)
+def test_an_address_that_is_none_is_refused_at_once(place: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^--place {place} {message}"):
+        cache.main(["pull", f"--place={place}"])
 
 
 def test_what_is_left_out_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,7 +38,7 @@ def test_no_value_escapes_its_quotes(tmp_path: Path, launcher: str, phase: str) 
         environment={"TRICK": TRICKS},
         overrides={"data": {"path": f"/fsx/{TRICKS}"}, "run": {"folder": f"run {TRICKS}"}},
         prepare={"inputs": [TRICKS], "tokenizer": TRICKS},
-        venv="" if launcher == "k8s" else f"/opt/{TRICKS}",
+        venv="" if launcher == "k8s" else f"venv {TRICKS}",
         mpirun__hostfile="" if launcher != "k8s" else "x",
     )
     text = render(this, launcher, phase)
@@ -51,6 +51,7 @@ def test_no_value_escapes_its_quotes(tmp_path: Path, launcher: str, phase: str) 
     (tmp_path / "said").write_text("")
     fake = tmp_path / "bin"
     fake.mkdir()
+    (tmp_path / f"venv {TRICKS}" / "bin").mkdir(parents=True)
     for name in ("torchrun", "mpirun", "srun", "python3"):
         body = f'#!/bin/bash\nprintf "%s\\0" "$TRICK" "$@" >{tmp_path}/said\n'
         (fake / name).write_text(body)
@@ -68,6 +69,20 @@ def test_no_value_escapes_its_quotes(tmp_path: Path, launcher: str, phase: str) 
         assert f"--data.path=/fsx/{TRICKS}" in said
         assert f"--run.folder=run {TRICKS}" in said
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun", "slurm"])
+@pytest.mark.parametrize("phase", ["prepare", "train", "tensorboard"])
+def test_an_environment_that_is_not_there_is_named(
+    tmp_path: Path, launcher: str, phase: str
+) -> None:
+    """Another Python would be taken without a word."""
+    text = render(job(venv="~/venv", storage={"mount": str(tmp_path)}), launcher, phase)
+    done = subprocess.run(["bash", "-c", text], text=True, capture_output=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "there is no folder ~/venv/bin on this machine; use the whole path of venv\n"
+    )
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])

@@ -350,7 +350,16 @@ def test_actions_delete_what_costs_and_end_well_without_it(tmp_path: Path) -> No
             {"serve": CLOUD, "sagemaker__endpoint": "other", "sagemaker__local": True},
             "sagemaker.endpoint is for the cloud, where endpoints last",
         ),
-        ({"serve": CLOUD, "sagemaker__role": ""}, "sagemaker.role is empty; set it to the IAM ro"),
+        ({"serve": CLOUD, "sagemaker__role": ""}, "sagemaker.role is empty; set it to the ARN of"),
+        ({"serve": CLOUD, "sagemaker__role": "me"}, "sagemaker.role='me' is no ARN of an IAM role"),
+        (
+            {"serve": CLOUD, "sagemaker__model": "s3://Hub/x"},
+            "sagemaker.model='s3://Hub/x' has the",
+        ),
+        (
+            {"serve": {**CLOUD, "image": "llamax:1"}},
+            "serve.image='llamax:1' is not in Amazon ECR, where SageMaker pulls images; push it",
+        ),
         ({"serve": CLOUD, "name": "a_b"}, "name='a_b' is refused by SageMaker; use letters, digit"),
     ],
 )
