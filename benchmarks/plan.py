@@ -45,7 +45,18 @@ class Run:
     fitted: bool = False
     micro_batch: int = 1
     recompute: str = "selective"
+    zero: int = 1
+    zero_ranks: int = 0
     shape: dict[str, int] = field(default_factory=dict)  # of a model that is no recipe
+
+    @property
+    def backend(self) -> str:
+        """The backend of its machine, or for a pipeline on trn1 an eager one.
+
+        llamax on xla allows recompute=full alone with a pipeline; AWS ran selective.
+        """
+        backend = load_machine(self.machine).backend
+        return "neuron" if backend == "xla" and self.mesh.pp > 1 else backend
 
     def config(self) -> Config:
         """The recipe of its model, laid out as it was."""
@@ -61,7 +72,8 @@ class Run:
                 context=self.mesh.cp,
                 pipeline=self.mesh.pp,
                 chunks=1,
-                zero=1,
+                zero=self.zero,
+                zero_ranks=self.zero_ranks,
             ),
             data=replace(
                 config.data,
@@ -74,8 +86,7 @@ class Run:
                 config.run,
                 recompute=self.recompute,
                 dtype="bfloat16",
-                # llamax on xla allows recompute=full alone with a pipeline; AWS ran selective.
-                backend="neuron" if self.mesh.pp > 1 else config.run.backend,
+                backend=self.backend,
             ),
         )
 
@@ -182,6 +193,7 @@ def gpu(
         fitted=True,
         micro_batch=micro_batch,
         recompute="selective" if length > 4096 else "none",
+        zero=3 if "FSDP" in name else 1,
     )
 
 
@@ -215,12 +227,14 @@ def per_gpu(
         source,
         micro_batch=micro_batch,
         recompute=recompute,
+        zero=3,
+        zero_ranks=8 if "HSDP" in name else 0,
     )
 
 
 TITAN, FMS = "torchtitan, docs/performance.md", "fms-fsdp, README.md"
-# Found after the model was made: they test it, and nothing was fitted to them.  Their trainers
-# shard weights as well (FSDP), and gather them behind the computation.
+# Found after the model was made: they test it, and nothing was fitted to them.  All cut weights
+# too (FSDP), HSDP within each node.
 UNSEEN = (
     per_gpu("Llama-2-7B, HSDP", "llama2-7b", "p4de.24xlarge", 128, 4096, 2, 3760, FMS),
     per_gpu("Llama-2-13B, HSDP", "llama2-13b", "p4de.24xlarge", 128, 4096, 1, 1700, FMS),

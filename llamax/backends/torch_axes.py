@@ -66,6 +66,16 @@ class TorchAxis:
         _reduce_scatter(part.view(-1), parts.view(-1), group=self.group)
         return part
 
+    def start_reduce_scatter(self, x: Tensor) -> Callable[[], Tensor]:
+        part = torch.empty_like(self._split(x, 0)[0])
+        work = _reduce_scatter(part.view(-1), x.view(-1), group=self.group, async_op=True)
+
+        def arrived() -> Tensor:
+            work.wait()
+            return part
+
+        return arrived
+
     def all_to_all(self, x: Tensor, split: int, concat: int) -> Tensor:
         parts = self._split(x, split).contiguous()
         arrived = torch.empty_like(parts)
@@ -149,6 +159,22 @@ class GlooAxis(TorchAxis):
             total.view(-1)[piece] = _sum(self._exchange(flat[:, piece]), x.dtype)
         return total
 
+    def start_reduce_scatter(self, x: Tensor) -> Callable[[], Tensor]:
+        if x.nbytes > STAGED_BYTES:
+            total = self.reduce_scatter(x, 0)
+            return lambda: total
+        parts = self._split(x, 0)
+        arrived = torch.empty_like(parts)
+        with _unrecorded():
+            requests = self._begin([*parts], arrived)
+
+        def arrived_sum() -> Tensor:
+            for request in requests:
+                request.wait()
+            return _sum(self._own(parts, arrived), x.dtype)
+
+        return arrived_sum
+
     def all_to_all(self, x: Tensor, split: int, concat: int) -> Tensor:
         return _join(self._exchange(self._split(x, split)), concat)
 
@@ -163,6 +189,10 @@ class GlooAxis(TorchAxis):
             sent = self._buffer("out", parts).copy_(parts)
         for request in self._begin([*sent], arrived):
             request.wait()
+        return self._own(parts, arrived)
+
+    def _own(self, parts: Tensor, arrived: Tensor) -> list[Tensor]:
+        """The parts that are for this rank, in rank order: of all ranks, its own among them."""
         return [parts[rank] if rank == self.rank else arrived[rank] for rank in range(self.size)]
 
     def _begin(self, sent: Sequence[Tensor], arrived: Tensor) -> list[dist.Work]:

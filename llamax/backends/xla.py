@@ -83,6 +83,9 @@ class XlaAxis:
         )
         return y
 
+    def start_reduce_scatter(self, x: Tensor) -> Callable[[], Tensor]:
+        return partial(self.reduce_scatter, x, 0)
+
     def all_to_all(self, x: Tensor, split: int, concat: int) -> Tensor:
         y: Tensor = self.xm.all_to_all(
             x,

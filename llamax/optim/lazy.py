@@ -206,6 +206,7 @@ class LazySpreadGroup(_LazyRuns):
     def _move(self, group: Group, device: torch.device | str) -> None:
         assert isinstance(group, SpreadGroup)
         self.store = group.store
+        self.store.reductions = None  # its compiler decides what goes on at the same time
         self.store.spread.run = moved(self.store.run, device)
 
     def _moved(self, bucket: FlatBucket, device: torch.device | str) -> Bucket:

@@ -23,6 +23,7 @@ from torch.nn import Parameter
 from llamax.optim.buckets import Segment
 from llamax.optim.groups import Group, Key
 from llamax.parallel.collectives import Axes, Axis
+from llamax.parallel.reductions import Reductions
 from llamax.parallel.sharding import Storing
 from llamax.parallel.spread import Placeholder, SpreadWeight
 
@@ -44,8 +45,9 @@ class ReducedGroup(Group):
         axes: Axes,
         shard: Axis,
         bucket_bytes: int,
+        reductions: Reductions,
     ) -> None:
-        self.shard = shard
+        self.shard, self.reductions = shard, reductions
         super().__init__(key, members, counted, axes, shard, bucket_bytes)
         self._buckets_of: list[list[int]] = [[] for _ in self.parameters]
         for number, bucket in enumerate(self.buckets):
@@ -84,7 +86,7 @@ class ReducedGroup(Group):
             offset += stop - start
         unsent_members = [*unsent]
         unsent.clear()
-        bucket.gradient.add_(self.shard.reduce_scatter(whole, 0))
+        self.reductions.add(bucket.gradient, partial(self.shard.start_reduce_scatter, whole))
         for member in unsent_members:
             if not any(member in self._unsent[other] for other in self._buckets_of[member]):
                 self.parameters[member].grad = None
@@ -117,9 +119,11 @@ class SpreadGroup(Group):
         layer: Storing,
         counted: list[Segment],
         axes: Axes,
+        reductions: Reductions,
     ) -> None:
         self.shard = shard = axes.shard
         self.store = SpreadWeight(weight, shard, trained=True, unit=key.unit)
+        self.store.reductions = reductions
         whole_bytes = 4 * (weight.numel() + shard.size * key.unit)  # one bucket
         super().__init__(key, {name: weight}, counted, axes, shard, whole_bytes)
         layer.store = self.store

@@ -72,6 +72,7 @@ from llamax.optim.lazy import LazyGroup, lazy_group
 from llamax.optim.reduced_groups import ReducedGroup, SpreadGroup
 from llamax.optim.replicas import ReplicaCheck
 from llamax.parallel.collectives import Axes
+from llamax.parallel.reductions import Reductions
 from llamax.parallel.sharding import Replica, ShardedParameters
 from llamax.parallel.weight_gradient import GradientSum
 from llamax.runtime.errors import ConfigError
@@ -136,6 +137,7 @@ class Zero:
                 "every parameter is frozen, so there is nothing to train; set requires_grad of "
                 "some before Zero is made"
             )
+        self._reductions = Reductions()
         self.groups: list[Group | LazyGroup] = []
         sums: dict[str, GradientSum] = {}
         for key, named in members.items():
@@ -155,10 +157,14 @@ class Zero:
             if key.zero == 3:
                 (weight_of,) = named.values()
                 layer = parameters.layers[key.alone]
-                self.groups.append(SpreadGroup(key, key.alone, weight_of, layer, counted, axes))
+                self.groups.append(
+                    SpreadGroup(key, key.alone, weight_of, layer, counted, axes, self._reductions)
+                )
             elif key.zero == 2:
                 self.groups.append(
-                    ReducedGroup(key, named, counted, axes, self.shard, bucket_bytes)
+                    ReducedGroup(
+                        key, named, counted, axes, self.shard, bucket_bytes, self._reductions
+                    )
                 )
             else:
                 group = Group(key, named, counted, axes, self.shard, bucket_bytes)
@@ -300,6 +306,7 @@ class Zero:
 
     def zero_grad(self) -> None:
         """Clear the accumulated gradients."""
+        self._reductions.finish()  # of a backward that failed
         for group in self.groups:
             group.zero_grad()
 

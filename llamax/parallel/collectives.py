@@ -58,6 +58,10 @@ class Axis(Protocol):
         """This rank's share along ``dim`` of the sum: [.., size * n, ..] -> [.., n, ..]."""
         ...
 
+    def start_reduce_scatter(self, x: Tensor) -> Callable[[], Tensor]:
+        """Begin ``reduce_scatter(x, 0)``, as ``start_all_gather`` does; ``x`` is left alone."""
+        ...
+
     def all_to_all(self, x: Tensor, split: int, concat: int) -> Tensor:
         """Send share j along ``split`` to rank j, join what arrives along ``concat``."""
         ...
@@ -92,6 +96,9 @@ class Solo:
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
         return x
+
+    def start_reduce_scatter(self, x: Tensor) -> Callable[[], Tensor]:
+        return lambda: x
 
     def all_to_all(self, x: Tensor, split: int, concat: int) -> Tensor:
         return x
@@ -208,6 +215,10 @@ class Metered:
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
         self.meter.add(self, "reduce_scatter", x.nbytes)
         return self.axis.reduce_scatter(x, dim)
+
+    def start_reduce_scatter(self, x: Tensor) -> Callable[[], Tensor]:
+        self.meter.add(self, "reduce_scatter", x.nbytes)
+        return self.axis.start_reduce_scatter(x)
 
     def all_to_all(self, x: Tensor, split: int, concat: int) -> Tensor:
         self.meter.add(self, "all_to_all", x.nbytes)

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from math import ceil
 from typing import Any, NamedTuple, Protocol
 
@@ -35,6 +36,7 @@ from torch.utils._pytree import tree_leaves
 from llamax.parallel import regions
 from llamax.parallel.collectives import Axis
 from llamax.parallel.prefetch import Prefetch
+from llamax.parallel.reductions import Reductions
 from llamax.runtime.errors import ConfigError
 
 
@@ -81,11 +83,11 @@ class Spread:
         arrived = self.shard.start_all_gather(self.run)
         return lambda: arrived()[: self.length]
 
-    def reduce(self, whole: Tensor) -> Tensor:
-        """This rank's run of the sum of ``whole`` [n] over ``shard``, in float32."""
+    def start_reduce(self, whole: Tensor) -> Callable[[], Tensor]:
+        """Begin to sum ``whole`` [n] over ``shard`` in float32; the wait returns the run of it."""
         if padding := self.shard.size * len(self.run) - self.length:
             whole = torch.nn.functional.pad(whole, (0, padding))
-        return self.shard.reduce_scatter(whole.float(), 0)
+        return self.shard.start_reduce_scatter(whole.float())
 
 
 def values_of(whole: Tensor) -> Values:
@@ -99,7 +101,7 @@ def values_of(whole: Tensor) -> Values:
 
 
 class _Gather(torch.autograd.Function):
-    """The whole weight of a run; backward sums its gradient over ``shard`` at once."""
+    """The whole weight of a run; backward sums its gradient over ``shard``."""
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, store: SpreadWeight) -> Tensor:
@@ -116,7 +118,8 @@ class _Gather(torch.autograd.Function):
 class SpreadWeight:
     """A weight of which each rank of ``shard`` keeps a run; a ``Store``.
 
-    A ``trained`` one sums its gradient over them into ``gradient``, a float32 run.
+    A ``trained`` one sums its gradient over them into ``gradient``, a float32 run: at once, or by
+    ``reductions`` while backward goes on.
     A placeholder is made here, its run alone.
     """
 
@@ -131,6 +134,7 @@ class SpreadWeight:
         self.spread = Spread(weight.numel(), values, shard, like, unit)
         self.gradient: Tensor | None = None
         self.prefetch: Prefetch | None = None
+        self.reductions: Reductions | None = None
         if trained:
             self.gradient = torch.zeros(len(self.run), dtype=torch.float32, device=device)
             self._leaf = torch.zeros((), requires_grad=True)  # so that backward comes by
@@ -157,7 +161,11 @@ class SpreadWeight:
     def add_gradient(self, dw: Tensor) -> None:
         """Add this rank's run of the sum of ``dw`` over ``shard``."""
         assert self.gradient is not None
-        self.gradient.add_(self.spread.reduce(dw.reshape(-1)))
+        start = partial(self.spread.start_reduce, dw.reshape(-1))
+        if self.reductions is None:
+            self.gradient.add_(start()())
+        else:
+            self.reductions.add(self.gradient, start)
 
 
 def spread_weights(model: nn.Module) -> Iterator[SpreadWeight]:

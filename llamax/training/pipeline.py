@@ -208,6 +208,9 @@ class Apart:
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
         return self.axis.reduce_scatter(x, dim)
 
+    def start_reduce_scatter(self, x: Tensor) -> Callable[[], Tensor]:
+        return self.axis.start_reduce_scatter(x)
+
     def all_to_all(self, x: Tensor, split: int, concat: int) -> Tensor:
         return self.axis.all_to_all(x, split, concat)
 

@@ -1,4 +1,4 @@
-"""ZeRO-3 with weights gathered one ahead: the same bits and bytes sent."""
+"""Weights gathered one ahead, and gradients summed meanwhile: the same bits and bytes sent."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from llamax.model.recompute import Recompute
 from llamax.parallel.collectives import Meter, Metered
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.prefetch import Prefetch
+from llamax.parallel.spread import spread_weights
 from llamax.training import step as training_step
 
 
 class Watched(Metered):
-    """An axis that counts the gathers that are under way at the same time."""
+    """An axis that counts the gathers, and the sums, that are under way at the same time."""
 
-    under_way = most = 0
+    under_way = most = sums = most_sums = gathers_in_sums = 0
 
     def start_all_gather(self, x: Tensor) -> Callable[[], Tensor]:
         wait = super().start_all_gather(x)
+        self.gathers_in_sums += self.sums
         self.under_way += 1
         self.most = max(self.most, self.under_way)
 
@@ -37,8 +39,19 @@ class Watched(Metered):
 
         return arrived
 
+    def start_reduce_scatter(self, x: Tensor) -> Callable[[], Tensor]:
+        wait = super().start_reduce_scatter(x)
+        self.sums += 1
+        self.most_sums = max(self.most_sums, self.sums)
 
-def trained(prefetches: bool, recompute: Recompute) -> dict[str, Any]:
+        def arrived() -> Tensor:
+            self.sums -= 1
+            return wait()
+
+        return arrived
+
+
+def trained(prefetches: bool, recompute: Recompute, overlaps: bool = True) -> dict[str, Any]:
     """On a rank: three steps of two microsteps with validations between them."""
     there = axes(Mesh(dp=2))
     watched = Watched(there.data, Meter())
@@ -46,6 +59,8 @@ def trained(prefetches: bool, recompute: Recompute) -> dict[str, Any]:
     llama = build(TINY, there, False)
     llama.model.mode = recompute
     state = training(llama, there, zero=3)
+    for weight in spread_weights(llama) if not overlaps else ():
+        weight.reductions = None
     losses, prefetch = [], Prefetch()
     with mock.patch.object(
         training_step, "prefetched", training_step.prefetched if prefetches else lambda _: prefetch
@@ -59,6 +74,8 @@ def trained(prefetches: bool, recompute: Recompute) -> dict[str, Any]:
         "sent": dict(watched.meter.sent_bytes),
         "hits": state._prefetch.hits,
         "most": watched.most,
+        "sums": (watched.most_sums, watched.sums),
+        "gathers in sums": watched.gathers_in_sums,
     }
 
 
@@ -72,3 +89,15 @@ def test_prefetched_weights_change_no_bit(worlds: Worlds, recompute: Recompute) 
         assert one["hits"] == 0
         assert other["hits"] > 100
         assert (one["most"], other["most"]) == (0, 1)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_gradients_are_summed_while_backward_goes_on(worlds: Worlds, recompute: Recompute) -> None:
+    world = worlds(2)
+    plain, meanwhile = (world.run(trained, True, recompute, flag) for flag in (False, True))
+    for one, other in zip(plain, meanwhile, strict=True):
+        assert all(map(torch.equal, one["values"], other["values"]))
+        assert one["sent"] == other["sent"]
+        assert one["sums"] == other["sums"] == (1, 0)
+        assert one["gathers in sums"] == 0
+        assert other["gathers in sums"] > 20

@@ -44,6 +44,7 @@ from llamax.optim.zero import Zero
 from llamax.parallel import spread
 from llamax.parallel.collectives import Axes, Meter, Metered
 from llamax.parallel.mesh import Mesh
+from llamax.parallel.reductions import Reductions
 from llamax.parallel.sharding import Block, Shard, ShardedParameter, ShardedParameters
 from llamax.parallel.spread import Spread, SpreadWeight
 from llamax.runtime.errors import ConfigError
@@ -299,10 +300,33 @@ def twice(original: Callable[..., Any]) -> Callable[..., Any]:
     return lambda self, dw: (original(self, dw), original(self, dw))[1]
 
 
-def of_own_rank(self: Spread, whole: Tensor) -> Tensor:
+def of_own_rank(self: Spread, whole: Tensor) -> Callable[[], Tensor]:
     run, rank = len(self.run), self.shard.rank
     whole = torch.nn.functional.pad(whole, (0, run * self.shard.size - len(whole)))
-    return whole[rank * run : (rank + 1) * run]
+    return lambda: whole[rank * run : (rank + 1) * run]
+
+
+def averaged(original: Callable[..., Any]) -> Callable[..., Any]:
+    def start_reduce(self: Spread, whole: Tensor) -> Callable[[], Tensor]:
+        wait = original(self, whole)
+        return lambda: wait() / self.shard.size
+
+    return start_reduce
+
+
+def without_the_last(self: Reductions, total: Tensor, start: Any) -> None:
+    self.finish()
+    self._started = total, start()
+
+
+def without_the_one_before(original: Callable[..., Any]) -> Callable[..., Any]:
+    def add(self: Reductions, total: Tensor, start: Any) -> None:
+        if self._started is not None:
+            self._started[1]()
+            self._started = None
+        original(self, total, start)
+
+    return add
 
 
 def first_run(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -337,13 +361,13 @@ def summed_again(original: Callable[..., Any]) -> Callable[..., Any]:
 SPREAD = {
     "gathered weights are stale": lambda: replaced(Spread, "gather", stale()(Spread.gather)),
     "gradient added twice": defect(SpreadWeight, "add_gradient", twice),
-    "gradient averaged over ranks": defect(
-        Spread, "reduce", lambda original: lambda self, dw: original(self, dw) / self.shard.size
-    ),
-    "gradient of this rank alone": lambda: replaced(Spread, "reduce", of_own_rank),
+    "gradient averaged over ranks": defect(Spread, "start_reduce", averaged),
+    "gradient of this rank alone": lambda: replaced(Spread, "start_reduce", of_own_rank),
     "gradient of another run": defect(
-        Spread, "reduce", lambda original: lambda self, dw: original(self, dw.roll(1))
+        Spread, "start_reduce", lambda original: lambda self, dw: original(self, dw.roll(1))
     ),
+    "the last sum of a backward is lost": lambda: replaced(Reductions, "add", without_the_last),
+    "a sum is lost where the next begins": defect(Reductions, "add", without_the_one_before),
     "every rank keeps the first run": defect(Spread, "__init__", first_run),
     "weights not taken from the masters' rank": defect(
         Spread, "gather", lambda original: lambda self: original(self).flip(0)

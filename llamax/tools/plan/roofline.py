@@ -17,7 +17,8 @@
     step        AdamW: bytes / memory bandwidth; data: gradients out, weights in; replica: reduced
                 gradients over the groups that own the same
 
-The parts are added up: nothing is assumed to overlap.  Bytes of collectives are those of rings
+The parts are added up.  One thing is assumed to overlap: on GPUs, what ZeRO-2 and 3 send in a
+microstep goes on while it computes, and only what takes longer is counted.  Bytes of collectives are those of rings
 (parallel/collectives.py).  The fitted efficiencies of a machine absorb what runs do better.
 Sources: Williams et al. 2009 (roofline); Korthikanti et al. 2022 (bytes of sequence parallelism);
 Dao 2023, FlashAttention-2, section 4.1 (FLOPs of backward).
@@ -50,6 +51,7 @@ from llamax.training.resolve import ResolvedRun
 # Of a score without a flash kernel, and of a logit: float32, written and read 3 times.
 ROUNDED_BYTES = 72  # traffic of an element while its moments become wide and are rounded again
 SCORE_TRAFFIC_BYTES = LOGIT_TRAFFIC_BYTES = 24
+COMPUTED = ("matmuls", "attention", "element-wise", "logits")  # what collectives go on behind
 
 
 @dataclass(frozen=True)
@@ -175,8 +177,11 @@ def turns(share: Share) -> int:
     return 2 * ((4 + again) * share.layers + share.embeds + share.projects)
 
 
-def data_time(share: Share, data: Wire) -> tuple[float, str]:
-    """Seconds of a step in which gradients and weights go over the owners, and the formula."""
+def data_time(share: Share, data: Wire, behind_s: float) -> tuple[float, str]:
+    """Seconds of a step in which gradients and weights go over the owners, and the formula.
+
+    What goes over them in a microstep takes ``behind_s`` for nothing.
+    """
     zero, w, n = share.config.parallel.zero, share.width, share.accumulation
     elements = sum(group.elements for group in share.groups)
     count = f"{show_number(elements)} elements"
@@ -184,13 +189,16 @@ def data_time(share: Share, data: Wire) -> tuple[float, str]:
         return data.ring(4 * elements, passes=2), f"2 x 4 B x {count}"
     if zero == 1 or share.tuned:
         return data.ring(4 * elements) + data.ring(w * elements), f"4 B + {w} B x {count}"
-    seconds = n * data.ring(4 * elements)
-    if zero == 2:
-        return seconds + data.ring(w * elements), f"({n} microsteps x 4 B + {w} B) x {count}"
-    gathered = share.gathered
-    return seconds + n * data.ring(w * gathered), (
-        f"{n} microsteps x (4 B x {count} + {w} B x {show_number(gathered)} gathered)"
-    )
+    once_s, micro_s = data.ring(w * elements), data.ring(4 * elements)
+    formula = f"({n} microsteps x 4 B + {w} B) x {count}"
+    if zero == 3:
+        once_s, micro_s = 0.0, micro_s + data.ring(w * share.gathered)
+        gathered = show_number(share.gathered)
+        formula = f"{n} microsteps x (4 B x {count} + {w} B x {gathered} gathered)"
+    hidden_s = min(micro_s, behind_s)
+    if hidden_s:
+        formula += f" - {n * hidden_s:.3g} s behind products"
+    return once_s + n * (micro_s - hidden_s), formula
 
 
 def microstep(share: Share, machine: Machine) -> list[Line]:
@@ -341,7 +349,8 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
     adamw = element * updated
     away = on_host(share, machine).value
     data = wire(machine, owners, mesh.tp)
-    data_s, sent = data_time(share, data)
+    computed_s = sum(line.value for line in parts if line.name in COMPUTED)
+    data_s, sent = data_time(share, data, computed_s if machine.backend == "cuda" else 0.0)
     replica = wire(machine, mesh.copies, mesh.tp * owners)
     times = count(n, "microstep")
     lines = (
