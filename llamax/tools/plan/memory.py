@@ -136,9 +136,14 @@ def memory(share: Share, machine: Machine) -> Memory:
             max(early, head, key=lambda line: line.value),
             activations,
             working,
-            in_flight(share),
+            in_flight(share, machine),
         ],
-        "the first layer goes backward": [all_gradients, last_layer, working, in_flight(share)],
+        "the first layer goes backward": [
+            all_gradients,
+            last_layer,
+            working,
+            in_flight(share, machine),
+        ],
         "the weights are updated": [all_gradients, update(share, machine)],
     }
     nonzero = {

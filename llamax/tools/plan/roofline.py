@@ -18,9 +18,9 @@
                 gradients over the groups that own the same
 
 The parts are added up.  One thing is assumed to overlap: on GPUs, what ZeRO-2 and 3 send in a
-microstep goes on while it computes, and only what takes longer is counted.  Bytes of collectives are those of rings
-(parallel/collectives.py).  The fitted efficiencies of a machine absorb what runs do better.
-Sources: Williams et al. 2009 (roofline); Korthikanti et al. 2022 (bytes of sequence parallelism);
+microstep goes on while it computes, and only what takes longer is counted.  Bytes of collectives
+are those of rings (parallel/collectives.py).  The fitted efficiencies of a machine absorb what
+runs do better.  Sources: Williams et al. 2009 (roofline); Korthikanti et al. 2022 (bytes of sequence parallelism);
 Dao 2023, FlashAttention-2, section 4.1 (FLOPs of backward).
 """
 

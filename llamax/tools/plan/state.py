@@ -116,11 +116,12 @@ def cut_over(share: Share, stage: int) -> str:
     return f"{show_number(elements)} elements" + (f" / {ranks} data ranks" if cut else "")
 
 
-def in_flight(share: Share) -> Line:
+def in_flight(share: Share, machine: Machine) -> Line:
     """Weights that are gathered while a layer goes backward, and gradients on their way.
 
     ZeRO-3: all weights of the layer, and the gradient of its largest projection, which is sent in
-    float32.  ZeRO-2: gradients whose buckets wait for others.
+    float32; on GPUs the one before, half as large, is still on its way.  ZeRO-2: gradients whose
+    buckets wait for others.
     """
     largest = 2 * share.feed_forward * share.model.hidden_size
     zero = share.config.parallel.zero
@@ -131,6 +132,8 @@ def in_flight(share: Share) -> Line:
         return Line("gathered", unsent, f"{show_bytes(unsent)} of gradients not sent yet")
     weights = share.width * share.layer_weights
     gradient = (GRADIENT_BYTES + (share.width if share.width < 4 else 0)) * largest
+    if machine.backend == "cuda":
+        gradient += GRADIENT_BYTES * largest // 2
     temporary = 8 * share.tokens * share.feed_forward  # of SwiGLU, gone when the gradient is made
     gradient = max(gradient - temporary, 0)
     return Line(
