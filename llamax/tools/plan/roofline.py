@@ -20,7 +20,9 @@
 The parts are added up.  One thing is assumed to overlap: on GPUs, what ZeRO-2 and 3 send in a
 microstep goes on while it computes, and only what takes longer is counted.  Bytes of collectives
 are those of rings (parallel/collectives.py).  The fitted efficiencies of a machine absorb what
-runs do better.  Sources: Williams et al. 2009 (roofline); Korthikanti et al. 2022 (bytes of sequence parallelism);
+runs do better.
+
+Sources: Williams et al. 2009 (roofline); Korthikanti et al. 2022 (bytes of sequence parallelism);
 Dao 2023, FlashAttention-2, section 4.1 (FLOPs of backward).
 """
 
@@ -187,9 +189,9 @@ def data_time(share: Share, data: Wire, behind_s: float) -> tuple[float, str]:
     count = f"{show_number(elements)} elements"
     if zero == 0:
         return data.ring(4 * elements, passes=2), f"2 x 4 B x {count}"
-    if zero == 1 or share.tuned:
-        return data.ring(4 * elements) + data.ring(w * elements), f"4 B + {w} B x {count}"
     once_s, micro_s = data.ring(w * elements), data.ring(4 * elements)
+    if zero == 1 or share.tuned:
+        return once_s + micro_s, f"4 B + {w} B x {count}"
     formula = f"({n} microsteps x 4 B + {w} B) x {count}"
     if zero == 3:
         once_s, micro_s = 0.0, micro_s + data.ring(w * share.gathered)
