@@ -53,6 +53,7 @@ from llamax.training.resolve import ResolvedRun
 # Of a score without a flash kernel, and of a logit: float32, written and read 3 times.
 ROUNDED_BYTES = 72  # traffic of an element while its moments become wide and are rounded again
 SCORE_TRAFFIC_BYTES = LOGIT_TRAFFIC_BYTES = 24
+BEHIND = "behind products"
 COMPUTED = ("matmuls", "attention", "element-wise", "logits")  # what collectives go on behind
 
 
@@ -179,28 +180,33 @@ def turns(share: Share) -> int:
     return 2 * ((4 + again) * share.layers + share.embeds + share.projects)
 
 
-def data_time(share: Share, data: Wire, behind_s: float) -> tuple[float, str]:
-    """Seconds of a step in which gradients and weights go over the owners, and the formula.
+def data_collectives(share: Share, data: Wire, behind_s: float) -> Line:
+    """Gradients and weights over the owners, in a step.
 
-    What goes over them in a microstep takes ``behind_s`` for nothing.
+    Of what a microstep sends, ``behind_s`` go on while it computes.
     """
     zero, w, n = share.config.parallel.zero, share.width, share.accumulation
     elements = sum(group.elements for group in share.groups)
-    count = f"{show_number(elements)} elements"
+    count, hidden_s = f"{show_number(elements)} elements", 0.0
+    scattered_s, gathered_s = data.ring(4 * elements), data.ring(w * elements)
     if zero == 0:
-        return data.ring(4 * elements, passes=2), f"2 x 4 B x {count}"
-    once_s, micro_s = data.ring(w * elements), data.ring(4 * elements)
-    if zero == 1 or share.tuned:
-        return once_s + micro_s, f"4 B + {w} B x {count}"
-    formula = f"({n} microsteps x 4 B + {w} B) x {count}"
-    if zero == 3:
-        once_s, micro_s = 0.0, micro_s + data.ring(w * share.gathered)
+        seconds, sent = data.ring(4 * elements, passes=2), f"2 x 4 B x {count}"
+    elif zero == 1 or share.tuned:
+        seconds, sent = scattered_s + gathered_s, f"4 B + {w} B x {count}"
+    elif zero == 2:
+        hidden_s = n * min(scattered_s, behind_s)
+        seconds = n * scattered_s + gathered_s - hidden_s
+        sent = f"({n} microsteps x 4 B + {w} B) x {count}"
+    else:
+        micro_s = scattered_s + data.ring(w * share.gathered)
+        hidden_s = n * min(micro_s, behind_s)
+        seconds = n * micro_s - hidden_s
         gathered = show_number(share.gathered)
-        formula = f"{n} microsteps x (4 B x {count} + {w} B x {gathered} gathered)"
-    hidden_s = min(micro_s, behind_s)
+        sent = f"{n} microsteps x (4 B x {count} + {w} B x {gathered} gathered)"
+    formula = f"{sent} over {data.name} at {show_rate(data.bytes_per_s)}"
     if hidden_s:
-        formula += f" - {n * hidden_s:.3g} s behind products"
-    return once_s + n * (micro_s - hidden_s), formula
+        formula += f", {show_fine_time(hidden_s)} of it {BEHIND}"
+    return Line("data collectives", seconds, formula)
 
 
 def microstep(share: Share, machine: Machine) -> list[Line]:
@@ -351,8 +357,7 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
     adamw = element * updated
     away = on_host(share, machine).value
     data = wire(machine, owners, mesh.tp)
-    computed_s = sum(line.value for line in parts if line.name in COMPUTED)
-    data_s, sent = data_time(share, data, computed_s if machine.backend == "cuda" else 0.0)
+    behind_s = sum(line.value for line in parts if line.name in COMPUTED)
     replica = wire(machine, mesh.copies, mesh.tp * owners)
     times = count(n, "microstep")
     lines = (
@@ -368,11 +373,7 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
             2 * away / (1e9 * machine.host_gbps),
             f"2 x {show_bytes(away)} / {show_rate(1e9 * machine.host_gbps)}, not at the same time",
         ),
-        Line(
-            "data collectives",
-            data_s,
-            f"{sent} over {data.name} at {show_rate(data.bytes_per_s)}",
-        ),
+        data_collectives(share, data, behind_s if machine.backend == "cuda" else 0.0),
         Line(
             "replica collectives",
             replica.ring(4 * run, passes=2),
@@ -384,7 +385,7 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
     step_tokens = share.run.step_tokens
     step_s = sum(line.value for line in lines)
     return Time(
-        lines=tuple(line for line in lines if line.value),
+        lines=tuple(line for line in lines if line.value or BEHIND in line.formula),
         step_tokens=step_tokens,
         steps=share.run.steps,
         mfu=mfu(

@@ -10,6 +10,7 @@ import pytest
 from llamax.config.hardware import Machine, load_machine
 from llamax.config.load import load_config
 from llamax.config.schema import Config
+from llamax.runtime.units import show_fine_time
 from llamax.tools.plan import Plan, plan
 from llamax.tools.plan.report import as_json, headline, notes, show_search
 from llamax.tools.plan.search import search
@@ -108,6 +109,9 @@ def test_a_search_shows_over_how_many_ranks() -> None:
 
 @pytest.mark.parametrize("zero", [2, 3])
 def test_on_gpus_a_microstep_sends_while_it_computes(zero: int) -> None:
+    def sent(plan: Plan) -> str:
+        return str(lines(plan)["data collectives"].formula)
+
     def data(machine: Machine, *options: str) -> float:
         stage = planned(4, f"--parallel.zero={zero}", *options, machine=machine)
         return sum(x.value for n, x in lines(stage).items() if n == "data collectives")
@@ -117,6 +121,7 @@ def test_on_gpus_a_microstep_sends_while_it_computes(zero: int) -> None:
     computed = sum(lines(whole)[name].value for name in names)
     eager = replace(SLOW, backend="neuron")
     assert data(SLOW) == pytest.approx(data(eager) - computed, rel=1e-3)
-    assert f"{computed:.3g} s behind products" in lines(whole)["data collectives"].formula
+    assert f"{show_fine_time(computed)} of it behind products" in sent(whole)
+    assert " of it behind products" in sent(planned(4, f"--parallel.zero={zero}"))
     once = data(H100, "--parallel.zero=1") * run if zero == 2 else 0.0
     assert data(H100) == pytest.approx(once, rel=0.05), "the links of an H100 keep up"
