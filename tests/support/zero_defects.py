@@ -1,0 +1,178 @@
+"""A step at a ZeRO stage beside that of the whole model, with a defect planted in the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamax.config.model import ModelConfig
+from llamax.model.llama import Llama
+from llamax.model.recompute import Recompute
+from llamax.optim import groups
+from llamax.optim.reduced_groups import ReducedGroup
+from llamax.optim.zero import Zero
+from llamax.parallel import spread
+from llamax.parallel.mesh import Mesh
+from llamax.parallel.reductions import Reductions
+from llamax.parallel.spread import Spread, SpreadWeight
+from support.planted import defect, replaced
+from support.step_reference import differences
+from support.world import axes
+from support.zero_steps import step, whole_step
+
+TOLERANCE = 1e-6
+
+
+def stale() -> Callable[[Any], Any]:
+    """A rank goes on with the weights that it gathered in the first step."""
+    kept: dict[int, Tensor] = {}
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self: kept.setdefault(id(self), original(self))
+
+    return make
+
+
+def twice(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, dw: (original(self, dw), original(self, dw))[1]
+
+
+def of_own_rank(self: Spread, whole: Tensor) -> Callable[[], Tensor]:
+    run, rank = len(self.run), self.shard.rank
+    whole = torch.nn.functional.pad(whole, (0, run * self.shard.size - len(whole)))
+    return lambda: whole[rank * run : (rank + 1) * run]
+
+
+def averaged(original: Callable[..., Any]) -> Callable[..., Any]:
+    def start_reduce(self: Spread, whole: Tensor) -> Callable[[], Tensor]:
+        wait = original(self, whole)
+        return lambda: wait() / self.shard.size
+
+    return start_reduce
+
+
+def without_the_last(self: Reductions, total: Tensor, start: Any) -> None:
+    self.finish()
+    self._started = total, start()
+
+
+def without_the_one_before(original: Callable[..., Any]) -> Callable[..., Any]:
+    def add(self: Reductions, total: Tensor, start: Any) -> None:
+        if self._started is not None:
+            self._started[1]()
+            self._started = None
+        original(self, total, start)
+
+    return add
+
+
+def first_run(original: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self: Spread, length: int, values: Any, *more: Any) -> None:
+        original(self, length, values, *more)
+        values(self.run, 0)
+
+    return __init__
+
+
+def kept_gradients(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What was sent stays, and is sent again with the next microstep's."""
+
+    def send(self: ReducedGroup, number: int) -> None:
+        members = {piece.member for piece in self.buckets[number].pieces}
+        parameters = [self.parameters[member] for member in members]
+        before = [None if p.grad is None else p.grad.clone() for p in parameters]
+        original(self, number)
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
+
+    return send
+
+
+def summed_again(original: Callable[..., Any]) -> Callable[..., Any]:
+    def reduce(self: Zero, group: Any, bucket: Any) -> list[Tensor]:
+        return [self.axes.data.all_reduce(run) for run in original(self, group, bucket)]
+
+    return reduce
+
+
+SPREAD = {
+    "gathered weights are stale": lambda: replaced(Spread, "gather", stale()(Spread.gather)),
+    "gradient added twice": defect(SpreadWeight, "add_gradient", twice),
+    "gradient averaged over ranks": defect(Spread, "start_reduce", averaged),
+    "gradient of this rank alone": lambda: replaced(Spread, "start_reduce", of_own_rank),
+    "gradient of another run": defect(
+        Spread, "start_reduce", lambda original: lambda self, dw: original(self, dw.roll(1))
+    ),
+    "the last sum of a backward is lost": lambda: replaced(Reductions, "add", without_the_last),
+    "a sum is lost where the next begins": defect(Reductions, "add", without_the_one_before),
+    "every rank keeps the first run": defect(Spread, "__init__", first_run),
+    "weights not taken from the masters' rank": defect(
+        Spread, "gather", lambda original: lambda self: original(self).flip(0)
+    ),
+}
+REDUCED = {
+    "gradients summed again by the optimizer": defect(Zero, "_reduce", summed_again),
+    "sent gradients are sent again": defect(ReducedGroup, "_send", kept_gradients),
+    "gradients not sent in backward": lambda: replaced(
+        ReducedGroup, "_arrived", lambda self, member, parameter: None
+    ),
+    "runs of another rank": defect(
+        ReducedGroup,
+        "_send",
+        lambda original: (
+            lambda self, number: (
+                original(self, number),
+                self.buckets[number].gradient.copy_(
+                    self.shard.shift(self.buckets[number].gradient)
+                ),
+            )
+        ),
+    ),
+}
+SHARED = {
+    "heads of several ranks summed in the wrong places": defect(
+        groups, "shared_spans", lambda original: lambda counted, a, b: original(counted, 0, b - a)
+    ),
+    "heads of several ranks not summed": defect(
+        groups, "shared_spans", lambda original: lambda counted, a, b: ()
+    ),
+}
+MUTATIONS: dict[str, Callable[[], Any]] = {
+    "gathered again as another view": defect(
+        spread,
+        "_unpack",
+        lambda original: (
+            lambda saved: (
+                original(saved)
+                if isinstance(saved, Tensor)
+                else saved.store.dense().view(saved.shape)
+            )
+        ),
+    ),
+    "none": lambda: replaced(spread, "ceil", spread.ceil),
+    **SPREAD,
+    **REDUCED,
+    **SHARED,
+}
+
+
+def on_mesh(
+    model: ModelConfig,
+    mesh: Mesh,
+    sequence: bool,
+    accumulation: int,
+    zero: int,
+    mutation: str = "none",
+    bucket_bytes: int = 4096,
+    recompute: Recompute = "full",
+) -> list[str]:
+    """On a rank: the differences from the step of the whole model, one line each."""
+    whole = whole_step(model)
+    my_axes = axes(mesh, model.kv_replicas(mesh.tp))
+    with MUTATIONS[mutation]():
+        mine = step(model, my_axes, sequence, accumulation, zero, bucket_bytes, recompute)
+    shards = Llama(model, my_axes.tp).sharded_parameters().cuts
+    return differences(mine, whole, shards, my_axes.tp, TOLERANCE)
