@@ -48,6 +48,7 @@ from llamax.config.rules.pipeline import chunk_layers
 from llamax.config.schema import Config
 from llamax.data.chat.record import PROMPT
 from llamax.model.llama import Llama
+from llamax.optim.adamw import Update
 from llamax.parallel.rendezvous import Rendezvous, rendezvous, report_errors_once
 from llamax.runtime import signals
 from llamax.runtime.errors import CheckpointError, ConfigError, Stopped
@@ -161,6 +162,8 @@ def start(
     ranks: int = 0,
     model_class: type[Llama] = Llama,
     learning_rate: Callable[[int], float] | None = None,
+    lr_scale: Callable[[str], float] | None = None,
+    update: Update | None = None,
     model: Mapping[str, Any] | None = None,
     parallel: Mapping[str, Any] | None = None,
     optim: Mapping[str, Any] | None = None,
@@ -180,6 +183,8 @@ def start(
         ranks: Number of ranks to start on this machine, in programs of their own; 0: none.
         model_class: Subclass of Llama to train instead.
         learning_rate: Learning rate of a step, counted from 1, instead of that of ``optim``.
+        lr_scale: Factor on the learning rate of a parameter, from its name.
+        update: Rule of the optimizer instead of AdamW's, as ``llamax.optim.adamw.update`` is.
         model: Settings of this section on top, as of the others: ``run={"steps": 100}``.
         parallel: Settings of the ranks.
         optim: Settings of the optimizer.
@@ -211,7 +216,7 @@ def start(
                 f"`{name}={settings!r:.40}` is no section; give {name}={{SETTING: VALUE}}"
             )
         changes |= {f"{name}.{key}": value for key, value in (settings or {}).items()}
-    where, parts = rendezvous(os.environ), Parts(model_class, learning_rate)
+    where, parts = rendezvous(os.environ), Parts(model_class, learning_rate, lr_scale, update)
     check_ranks(ranks, where, own_parts=parts != Parts())
     chosen = config_of(config, changes, ranks or where.world_size)
     if ranks:

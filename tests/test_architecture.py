@@ -87,11 +87,6 @@ def test_a_file_is_short_and_reads_no_environment(module: str) -> None:
     assert not reads or room(module) in ("cli", "train", "backends", "runtime")
 
 
-def test_files_of_tests_are_short() -> None:
-    tests = Path(__file__).parent.rglob("*.py")
-    assert not [path for path in tests if len(path.read_text().splitlines()) > 400]
-
-
 def test_the_package_has_at_most_sixteen_names() -> None:
     names = {path.name for path in LLAMAX.iterdir() if not path.name.startswith("__")}
     assert len(names - {"py.typed"}) <= 16, "py.typed marks the package for type checkers"

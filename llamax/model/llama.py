@@ -360,6 +360,14 @@ class Llama(nn.Module):
             chunk_tokens,
         )
 
+    def auxiliary_loss(self, layers: range) -> Tensor | None:
+        """A loss of the ``layers`` just computed that a step adds to ``loss``, 0-d; None: no such.
+
+        For subclasses, as for the router of a mixture of experts.  It is a sum over this rank's
+        tokens: with sequence parallelism over those of its activations, which a step then sums.
+        """
+        return None
+
     def hidden(
         self,
         ids_BS: Tensor,

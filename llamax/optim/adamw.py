@@ -15,6 +15,7 @@ makes one pass over memory; elsewhere plain operations are left to the device's 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,10 @@ Vectors = list[Tensor]
 
 
 class Step(NamedTuple):
-    """What a step does to every vector; tensors have no dimension, ``step`` counts from 1."""
+    """What a step does to every vector; tensors have no dimension, ``step`` counts from 1.
+
+    ``rounded``: m and v will be rounded to 8 bits, and are computed in bitsandbytes' order.
+    """
 
     lr: Tensor
     step: Tensor
@@ -35,6 +39,7 @@ class Step(NamedTuple):
     accepted: Tensor
     decay: float
     optim: OptimConfig
+    rounded: bool = False
 
     @property
     def rate_and_root(self) -> tuple[Tensor, Tensor]:
@@ -43,13 +48,16 @@ class Step(NamedTuple):
         return rate, _correction(self.optim.beta2, self.step).sqrt()
 
 
-def update(p: Vectors, g: Vectors, m: Vectors, v: Vectors, by: Step, rounded: bool = False) -> None:
+# A rule for each element, of weights, gradients and two moments: all that differs in optimizers.
+Update = Callable[[Vectors, Vectors, Vectors, Vectors, Step], None]
+
+
+def update(p: Vectors, g: Vectors, m: Vectors, v: Vectors, by: Step) -> None:
     """One step on the float32 vectors of p, m and v, in place, unless ``accepted`` is false.
 
-    g is left in an unknown state.  ``rounded``: m and v will be rounded to 8 bits, and are computed
-    in bitsandbytes' order; they change even if ``accepted`` is false.
+    g is left in an unknown state.  ``rounded`` m and v change even if ``accepted`` is false.
     """
-    change = in_order if rounded else fused if p[0].device.type in FUSED else plain
+    change = in_order if by.rounded else fused if p[0].device.type in FUSED else plain
     change(p, g, m, v, by)
 
 

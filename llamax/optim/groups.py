@@ -44,7 +44,8 @@ class Key(NamedTuple):
     ``weight``: of every element in the norm, None where they differ; ``partial``: each tensor rank
     has a part of the gradient; ``zero``: the ZeRO stage; ``alone``: the one member, where gathered
     on its own; ``tied``: whether the first and the last stage of a pipeline each have a part of the
-    gradient; ``bits``: of each moment; ``offload``: whether moments and masters lie on the host.
+    gradient; ``bits``: of each moment; ``offload``: whether moments and masters lie on the host;
+    ``lr_scale``: the factor on the learning rate.
     """
 
     dtype: torch.dtype
@@ -56,6 +57,7 @@ class Key(NamedTuple):
     tied: bool = False
     bits: int = 32
     offload: bool = False
+    lr_scale: float = 1.0
 
     @property
     def unit(self) -> int:

@@ -89,7 +89,9 @@ class Zero:
     replicas are partial.  ``zero``: the stage; in 3, weights of layers are placeholders from then
     on, if not before, so that they are loaded before, or through ``owned``.  ``bucket_bytes`` of
     float32 gradient travel at once.  ``undeclared``: names of replicas that do not say whether
-    their gradients are partial, to be checked.
+    their gradients are partial, to be checked.  ``update``: a rule in place of AdamW's, which
+    ``llamax.optim.adamw.update`` is.  ``lr_scale``: the factor on the learning rate of a parameter,
+    from its name.
     """
 
     def __init__(
@@ -102,8 +104,11 @@ class Zero:
         zero: int = 1,
         bucket_bytes: int = 64 * 2**20,
         undeclared: Collection[str] = (),
+        update: adamw.Update | None = None,
+        lr_scale: Callable[[str], float] | None = None,
     ) -> None:
         self.optim, self.axes, degree = optim, axes, parameters.degree
+        self.update = update or adamw.update
         self.shard, self.replica = axes.owners(zero)
         members: dict[Key, dict[str, Parameter]] = {}
         seen: set[int] = set()  # tied weights are one parameter with two names
@@ -120,22 +125,26 @@ class Zero:
                     stage = 2
                 key = Key(
                     parameter.dtype,
-                    parameter.dim() > 1,
-                    counts and counts / (1 + tied),
-                    partial and degree > 1,
-                    stage,
-                    name if stage == 3 else "",
-                    tied,
-                    bits_of(parameters, name) if optim.state_bits == 8 else 32,
-                    optim.offload,
+                    decays=parameter.dim() > 1,
+                    weight=counts and counts / (1 + tied),
+                    partial=partial and degree > 1,
+                    zero=stage,
+                    alone=name if stage == 3 else "",
+                    tied=tied,
+                    bits=bits_of(parameters, name) if optim.state_bits == 8 else 32,
+                    offload=optim.offload,
+                    lr_scale=lr_scale(name) if lr_scale else 1.0,
                 )
                 members.setdefault(key, {})[name] = parameter
         unsure = {name: parameters[name].tensor for name in undeclared}
         self.replicas = ReplicaCheck(unsure, axes, sequence_parallel)
         if not members:
+            here, fewer = "", ""
+            if axes.pp.size > 1:
+                here, fewer = f" of stage {axes.pp.rank}", ", or use fewer stages"
             raise ConfigError(
-                "every parameter is frozen, so there is nothing to train; set requires_grad of "
-                "some before Zero is made"
+                f"every parameter{here} is frozen, so there is nothing to train; set "
+                f"requires_grad of some before Zero is made{fewer}"
             )
         self._reductions = Reductions()
         self.groups: list[Group | LazyGroup] = []
@@ -212,15 +221,16 @@ class Zero:
         factor = clip_factor(norm, self.optim.max_grad_norm) * scale
         accepted, step = accepts(norm), step.float()
         for (group, bucket), run in zip(every, runs, strict=True):
-            decay = self.optim.weight_decay if group.key.decays else 0.0
+            key = group.key
+            decay = self.optim.weight_decay if key.decays else 0.0
+            rate = lr if key.lr_scale == 1.0 else lr * key.lr_scale
             with bucket.state(accepted) as (master, exp_avg, exp_avg_sq):
-                adamw.update(
+                self.update(
                     split_like(master, run),
                     run,
                     split_like(exp_avg, run),
                     split_like(exp_avg_sq, run),
-                    adamw.Step(lr, step, factor, accepted, decay, self.optim),
-                    rounded=group.key.bits == 8,
+                    adamw.Step(rate, step, factor, accepted, decay, self.optim, key.bits == 8),
                 )
             del master, exp_avg, exp_avg_sq  # streamed copies, before the next bucket's are made
         self.gather_parameters()

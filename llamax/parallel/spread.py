@@ -246,6 +246,12 @@ class Placeholder(Parameter):
         placeholder.weight_name, placeholder.home = name, home
         torch.utils.swap_tensors(weight, placeholder)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ConfigError(
+            f"{self.weight_name} cannot be pickled, because each data rank keeps a run of it with "
+            "parallel.zero=3; load a checkpoint for whole weights, or use parallel.zero=2"
+        )
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]

@@ -100,8 +100,8 @@ def check_ranks(ranks: int, where: Rendezvous, *, own_parts: bool) -> None:
     if ranks and own_parts:
         raise ConfigError(
             f"`ranks={ranks}` starts programs that know the configuration alone; with "
-            "`model_class` or `learning_rate` leave it out and start this program with torchrun "
-            f"--nproc-per-node {ranks}"
+            "parts of its own, such as `model_class`, leave it out and start this program with "
+            f"torchrun --nproc-per-node {ranks}"
         )
 
 

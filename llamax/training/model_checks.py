@@ -11,14 +11,14 @@ would do so on the last stage alone.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import batchnorm, conv, instancenorm, pooling
 
+from llamax.backends.base import EAGER
 from llamax.model.llama import Attend, Attention, Llama
 from llamax.parallel.collectives import Axes
 from llamax.runtime.errors import ConfigError
@@ -28,6 +28,7 @@ SIGNATURE = (
     "keys_B=None, places_S=None)"
 )
 IN_STAGES = "loss(self, ids_BS, labels_BS, positions_BS=None, **options)"
+SAME_LOSS = 1e-5  # relative distance between the losses of tensor ranks, which rounding alone makes
 # Modules of torch that compute over more than one place of [batch, sequence, features].
 MIXING = (
     conv._ConvNd,
@@ -87,6 +88,48 @@ def check_sums(model: Llama, result: Any) -> tuple[Tensor, Tensor]:
     return total, count
 
 
+class SumCheck:
+    """Checks in the first step that a program's own loss is the same on all tensor ranks.
+
+    On devices that trace programs nothing is checked.
+    """
+
+    def __init__(self, model: Llama, axes: Axes) -> None:
+        self.name, self.axes = type(model).__qualname__, axes
+        eager = axes.tp.rank_index.device.type in EAGER
+        self.pending = eager and axes.tp.size > 1 and type(model).loss is not Llama.loss
+
+    def check(self, sums: Tensor, first: Tensor) -> None:
+        """Raise ConfigError on every rank where ``sums`` differ from those of the first rank.
+
+        ``first``: these on the first rank, zeros elsewhere.
+        """
+        if not self.pending:
+            return
+        self.pending = False
+        first = self.axes.tp.all_reduce(first)
+        apart = (sums - first).abs() / first.abs().clamp(min=1e-30)
+        if float(self.axes.world.all_reduce(apart.max(), "max")) > SAME_LOSS:
+            raise ConfigError(
+                f"the loss of {self.name} differs between tensor ranks, as a sum over this rank's "
+                "part of the sequence does; return such a part from auxiliary_loss(self, layers), "
+                "which a step sums over them, or use parallel.sequence=false"
+            )
+
+
+def check_auxiliary(model: Llama, found: Any) -> Tensor | None:
+    """What an ``auxiliary_loss`` has returned, in float32; ConfigError if it is no 0-d tensor."""
+    if found is None:
+        return None
+    if not isinstance(found, Tensor) or found.dim():
+        what = f"a tensor of {list(found.shape)}" if isinstance(found, Tensor) else repr(found)[:40]
+        raise ConfigError(
+            f"auxiliary_loss of {type(model).__qualname__} returns {what}; return a sum over this "
+            "rank's tokens as a 0-d tensor, or None"
+        )
+    return found.float()
+
+
 def _not_sums(result: Any) -> str:
     """What a loss returns instead of two 0-d tensors; empty if it returns these."""
     if not isinstance(result, tuple | list):
@@ -120,58 +163,85 @@ def check_stage(model: Llama, axes: Axes) -> None:
             )
 
 
-@contextmanager
-def loss_checked(
-    model: Llama, axes: Axes, layers: range, given: Mapping[str, Any]
-) -> Iterator[dict[str, Any]]:
-    """The options for a call of the model's ``loss`` in the block, which note what it calls.
+def loss_of(
+    model: Llama, axes: Axes, layers: range, inputs: Sequence[Tensor], given: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """``model.loss`` of ids, labels and positions, with the options ``given``: its two sums.
 
     Raises ConfigError where it computes its layers in another way than the mesh needs.
     """
     options, called = dict(given), set[int]()
     if axes.cp.size > 1:
         options["attend"] = noted(given["attend"], called)
-    with hidden_checked(model, options):
-        yield options
+    if "x_BsD" in given and type(model).loss is not Llama.loss:
+        total, count = _loss_of_stage(model, inputs, options)
+    else:
+        total, count = check_sums(model, model.loss(*inputs, **options))
     if axes.cp.size > 1:
         check_attended(model, called, layers)
+    return total, count
 
 
-@contextmanager
-def hidden_checked(model: Llama, given: Mapping[str, Any]) -> Iterator[None]:
-    """Raise ConfigError if the loss in this block does not call ``hidden`` with what is given.
+def _loss_of_stage(
+    model: Llama, inputs: Sequence[Tensor], given: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """The loss on the last stage of a pipeline, by a ``loss`` of a program's own.
 
-    ``given``: the options of the last stage of a pipeline.
+    Raises ConfigError if it does not call ``hidden`` with what is given, or takes more from the
+    layers than that returns.
     """
-    if "x_BsD" not in given or type(model).loss is Llama.loss:
-        yield
-        return
-    own, signature, called = model.hidden, inspect.signature(Llama.hidden), False
+    own, signature, results = model.hidden, inspect.signature(Llama.hidden), list[Tensor]()
 
-    def refuse(what: str) -> ConfigError:
-        return ConfigError(
-            f"the loss of {type(model).__qualname__} {what}, so the layers of the last stage would "
-            "not compute as those of other stages; take **options, call self.hidden(ids_BS, "
-            "positions_BS, **options), and change attention in `hidden`"
-        )
+    def refuse(what: str, remedy: str) -> ConfigError:
+        return ConfigError(f"the loss of {type(model).__qualname__} {what}; {remedy}")
+
+    others = ", so the layers of the last stage would not compute as those of other stages"
+    call = (
+        "take **options, call self.hidden(ids_BS, positions_BS, **options), and change attention "
+        "in `hidden`"
+    )
 
     def hidden(*arguments: Any, **options: Any) -> Tensor:
-        nonlocal called
-        called = True
         known = {name: x for name, x in options.items() if name in signature.parameters}
         passed = signature.bind(model, *arguments, **known).arguments
         expected = {"attend": None, **given}
         if changed := [name for name, x in expected.items() if passed.get(name) is not x]:
-            raise refuse(f"calls self.hidden with another {changed[0]} than it was given")
-        return own(*arguments, **options)
+            raise refuse(
+                f"calls self.hidden with another {changed[0]} than it was given{others}", call
+            )
+        results.append(own(*arguments, **options))
+        return results[-1]
 
     vars(model)["hidden"] = hidden
     try:
-        yield
+        total, count = check_sums(model, model.loss(*inputs, **given))
     finally:
         del vars(model)["hidden"]
-    if not called:
-        raise refuse("does not call self.hidden")
+    if not results:
+        raise refuse(f"does not call self.hidden{others}", call)
+    if _depends_on(total, given["x_BsD"], beside=results):
+        raise refuse(
+            "takes more from its layers than self.hidden returns, which it cannot from the layers "
+            "of other stages",
+            "return what they add to the loss from auxiliary_loss(self, layers), or use "
+            "parallel.pipeline=1",
+        )
+    return total, count
+
+
+def _depends_on(y: Tensor, x: Tensor, beside: Sequence[Tensor]) -> bool:
+    """Whether backward would reach the leaf x from y on a way that is not through ``beside``."""
+    seen = {tensor.grad_fn for tensor in beside}
+    ways = [y.grad_fn]
+    while ways:
+        node = ways.pop()
+        if node is None or node in seen:
+            continue
+        if getattr(node, "variable", None) is x:
+            return True
+        seen.add(node)
+        ways += [following for following, _ in node.next_functions]
+    return False
 
 
 def _check_modules(model: Llama, axes: Axes) -> None:

@@ -18,13 +18,15 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from llamax.backends.base import EAGER
 from llamax.model.dropout import Dropout
+from llamax.parallel import regions
 from llamax.parallel.collectives import Axes, Axis, Reduction
 from llamax.parallel.pipeline import Micro, Schedule, Swap, Work, back, onward
 from llamax.parallel.weight_gradient import Additions, postponing
@@ -54,6 +56,22 @@ class _Way:
     def __init__(self) -> None:
         self.arrived: dict[Micro, Tensor] = {}
         self.leaving: dict[Micro, Tensor] = {}
+
+
+class _WithLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, loss: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return dy, torch.ones((), device=dy.device)
+
+
+def with_loss(y: Tensor, loss: Tensor) -> Tensor:
+    """y, whose backward is that of a ``loss`` of this stage as well: float32, 0-d."""
+    return regions.apply(_WithLoss, y, loss)
 
 
 class Stage:
@@ -150,7 +168,9 @@ class Stage:
         if self.dropout is not None:
             self.dropout.tokens_BS = passed.dropout_tokens
         ends = self.last and micro.chunk == self.chunks - 1
-        passed.y.backward(None if ends else down.arrived.pop(micro))
+        dy = None if ends else down.arrived.pop(micro)
+        if passed.y.requires_grad:  # the first chunk may be frozen
+            passed.y.backward(dy)
         if below := back(micro, self.number):
             assert passed.x is not None
             assert passed.x.grad is not None

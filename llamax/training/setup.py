@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -129,9 +129,7 @@ def prepare(
         parameters = model.sharded_parameters()
         if config.finetune.method != "full":
             parameters = parameters.trained()
-        state = TrainState.build(run, model, axes, backend)
-    if parts.learning_rate is not None:
-        state = replace(state, learning_rate=parts.rate)
+        state = TrainState.build(run, model, axes, backend, parts)
     step = consumed = 0
     if resumed is not None:
         with reported(f"loading {resumed.folder}", show=main):

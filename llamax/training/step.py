@@ -36,14 +36,15 @@ from llamax.optim.replicas import check_equal
 from llamax.optim.schedule import lr_at
 from llamax.optim.spikes import SpikeFilter
 from llamax.optim.zero import Zero
-from llamax.parallel import context_parallel
+from llamax.parallel import context_parallel, regions
 from llamax.parallel.collectives import Axes, Axis
 from llamax.parallel.pipeline import Micro, Schedule, forwards, schedule
 from llamax.parallel.prefetch import Prefetch
 from llamax.parallel.sharding import Replica
 from llamax.parallel.spread import gathered_again, prefetched
 from llamax.training import model_checks
-from llamax.training.pipeline import Compute, Stage, apart
+from llamax.training.parts import LLAMAX, Parts
+from llamax.training.pipeline import Compute, Stage, apart, with_loss
 from llamax.training.resolve import ResolvedRun
 from llamax.training.step_result import EAGER_DEVICE, SAVE_REQUEST, Device, Step
 
@@ -70,10 +71,16 @@ class TrainState:
 
     @classmethod
     def build(
-        cls, run: ResolvedRun, model: Llama, axes: Axes, backend: Device = EAGER_DEVICE
+        cls,
+        run: ResolvedRun,
+        model: Llama,
+        axes: Axes,
+        backend: Device = EAGER_DEVICE,
+        parts: Parts = LLAMAX,
     ) -> TrainState:
         """The state of a new run: an optimizer, as configured, for all of ``model`` that trains.
 
+        ``parts``: what a program puts in the place of the update and the learning rate.
         Raises ConfigError for a replica with other values on another rank, and for a model class
         that cannot be trained on such a mesh.
         """
@@ -93,18 +100,24 @@ class TrainState:
             zero=parallel.zero,
             bucket_bytes=parallel.bucket_bytes,
             undeclared=[n for n, p in own_replicas.items() if p.cut == Replica()],
+            update=parts.update,
+            lr_scale=parts.scale if parts.lr_scale else None,
         )
         scale, device = None, axes.data.rank_index.device
         if run.config.run.dtype == "float16":
             first = LossScaleState(optim.loss_scale)
             scale = LossScale(first, device, optim.loss_scale_interval)
+
+        def scheduled(step: int) -> float:
+            return lr_at(step, optim, run.steps)
+
         return cls(
             model,
             optimizer,
             axes,
             backend,
             step_tokens=run.step_tokens,
-            learning_rate=lambda step: lr_at(step, optim, run.steps),
+            learning_rate=parts.rate if parts.learning_rate else scheduled,
             context_by=parallel.context_by,
             loss_scale=scale,
             spikes=SpikeFilter.of(optim, device),
@@ -135,28 +148,38 @@ class TrainState:
         scaling = self.loss_scale
         sums = torch.zeros(2).to(device)  # sent, so that the first microstep is like the others
 
+        def mean_of(total: Tensor) -> Tensor:
+            mean = total / self.step_tokens
+            return mean if scaling is None else mean * scaling.scale.squeeze(0)
+
         def compute(micro: Micro, x_BsD: Tensor | None) -> Tensor:
             nonlocal sums
             batch, layers = micros[micro.number], self.model.stage[micro.chunk]
             keys_B = self._keys(batch, number, micro.number)
-            if not self._ends(layers):
-                return self._hidden(batch, keys_B, x_BsD, layers)
             with gathered_again() if self.optimizer.spread else nullcontext():
-                total, count = self._loss(batch, keys_B, x_BsD, layers)
-            sums = sums + torch.stack((total.detach(), count))
-            mean = total / self.step_tokens
-            return mean if scaling is None else mean * scaling.scale.squeeze(0)
+                if self._ends(layers):
+                    total, count = self._loss(batch, keys_B, x_BsD, layers)
+                    extra = self._auxiliary_loss(layers)
+                    total = total if extra is None else total + extra
+                    sums = sums + torch.stack((total.detach(), count))
+                    return mean_of(total)
+                y_BsD = self._hidden(batch, keys_B, x_BsD, layers)
+                if (extra := self._auxiliary_loss(layers)) is None:
+                    return y_BsD
+                sums = sums + torch.stack((extra.detach(), torch.zeros_like(extra)))
+                return with_loss(y_BsD, mean_of(extra))
 
         self._prefetch.begin("step")
         chunks, mode = len(self.model.stage), self.model.model.mode
         split = splits(self.axes.pp.size, chunks, mode, device.type)
         self._run(partial(schedule, split=split), micros, compute)
         # Tensor ranks hold the same loss: the first one's counts. NaN on any rank makes a sum NaN.
-        sums = _of_first(self.axes.tp, sums)
+        first = _of_first(self.axes.tp, sums)
+        self._sum_check.check(sums, first)
         request = 1.0 if stop else SAVE_REQUEST if save else 0.0
         inputs = torch.tensor([self.learning_rate(number), float(number), request])
         lr, step, asked = inputs.to(device).split(1)
-        numbers, updates, spikes = torch.cat((sums, asked)), step, self.spikes
+        numbers, updates, spikes = torch.cat((first, asked)), step, self.spikes
         accepts: list[Callable[[Tensor], Tensor]] = []
         if spikes is not None:
             numbers = torch.cat((numbers, _of_first(self.axes.world, spikes.bounds())))
@@ -211,6 +234,10 @@ class TrainState:
         return Stage(self.axes, self.backend.step_boundary, self.model.dropout, chunks)
 
     @cached_property
+    def _sum_check(self) -> model_checks.SumCheck:
+        return model_checks.SumCheck(self.model, self.axes)
+
+    @cached_property
     def _prefetch(self) -> Prefetch:
         return prefetched(self.model)
 
@@ -252,9 +279,15 @@ class TrainState:
         """Summed loss and counted tokens of a microbatch; ``x_BsD`` comes from the stage before."""
         labels = batch.labels.int().to(self.model.tp.rank_index.device, non_blocking=True)
         ids, positions, more = self._inputs(batch, keys_B, x_BsD, layers)
-        with model_checks.loss_checked(self.model, self.axes, layers, more) as options:
-            result = self.model.loss(ids, labels, positions, **options)
-        return model_checks.check_sums(self.model, result)
+        inputs = ids, labels, positions
+        return model_checks.loss_of(self.model, self.axes, layers, inputs, more)
+
+    def _auxiliary_loss(self, layers: range) -> Tensor | None:
+        """The model's auxiliary loss of ``layers``, the same on every tensor rank."""
+        found = model_checks.check_auxiliary(self.model, self.model.auxiliary_loss(layers))
+        if found is None or not self.model.sequence_parallel:
+            return found
+        return regions.leave(found, self.model.tp, False)
 
     def _hidden(
         self, batch: Batch, keys_B: Tensor | None, x_BsD: Tensor | None, layers: range

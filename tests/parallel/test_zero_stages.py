@@ -8,6 +8,7 @@ sends; then the same comparison with a defect planted in the ranks: each must fa
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -219,6 +220,12 @@ def test_nothing_is_computed_from_a_placeholder(use: Callable[[Tensor], Any]) ->
     assert (weight.shape, weight.dtype, weight.numel()) == ((4, 3), torch.float32, 12)
     with pytest.raises(ConfigError, match="reads a weight, of which each data rank keeps a run"):
         use(weight)
+
+
+def test_a_placeholder_is_not_pickled() -> None:
+    weight = spread.Placeholder(torch.empty(4, 3, device="meta"))
+    with pytest.raises(ConfigError, match="a weight cannot be pickled, because each data rank ke"):
+        pickle.dumps({"weight": weight})
 
 
 # --- gradients that do not come ------------------------------------------------------------------

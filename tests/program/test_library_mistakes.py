@@ -97,13 +97,17 @@ def test_a_class_of_its_own_that_a_step_cannot_use(
     [
         ({"model_class": nn.Linear}, "`model_class` is Linear, not a subclass of llamax.model"),
         ({"model_class": "Llama"}, "`model_class` is 'Llama', not a subclass of llamax.model"),
-        ({"learning_rate": 3e-4}, "`learning_rate=0.0003` is no function of the step; give"),
+        ({"learning_rate": 3e-4}, "`learning_rate=0.0003` is no function of step; give one"),
         ({"ranks": "2"}, "`ranks='2'` is not a whole number; use 0 for none"),
         ({"ranks": True}, "`ranks=True` is not a whole number; use 0 for none"),
         ({"learning_rate": lambda step: None}, "`learning_rate` gives None for step 1; return a"),
         ({"learning_rate": lambda step: math.nan}, "`learning_rate` gives nan for step 1; return"),
         ({"learning_rate": lambda step: -1.0}, "`learning_rate` gives -1.0 for step 1; return"),
-        ({"learning_rate": lambda: 1.0}, "`learning_rate` cannot be called with a step: "),
+        ({"learning_rate": lambda: 1.0}, "`learning_rate` cannot be called with step: "),
+        ({"lr_scale": 0.1}, "`lr_scale=0.1` is no function of name; give one from a parameter's"),
+        ({"lr_scale": lambda name: -1}, "`lr_scale` gives -1 for model.embed_tokens.weight; retur"),
+        ({"update": "lion"}, "`update='lion'` is no function of p, g, m, v, by; give one as llam"),
+        ({"update": lambda p, g: None}, "`update` cannot be called with p, g, m, v, by: too many"),
     ],
 )
 def test_parts_that_are_none(
