@@ -78,7 +78,8 @@ def names_without_index(folder: Path) -> list[str]:
 def read_weights(paths: Iterable[Path]) -> dict[str, StoredWeight]:
     """The tensors of all files by name.
 
-    Raises CheckpointError if a file is damaged, or the parts of a tensor do not make a whole one.
+    Raises CheckpointError if a file is damaged, if two files have the same tensor, unless each is
+    a rank's part of the weights, or if the parts of a tensor do not make a whole one.
     """
     parts: dict[str, dict[tuple[int, ...], _Part]] = {}
     for path in paths:
@@ -88,6 +89,11 @@ def read_weights(paths: Iterable[Path]) -> dict[str, StoredWeight]:
             known = parts.setdefault(name, {})
             if len(at) != len(entry.shape) or any(len(at) != len(other) for other in known):
                 raise _not_whole(path.parent, name)
+            if at in known and not (offsets and SHARD.fullmatch(known[at].path.name)):
+                raise CheckpointError(
+                    f"{path.parent}: {known[at].path.name} and {path.name} both have {name[:80]}; "
+                    "keep the files of one checkpoint"
+                )
             known[at] = _Part(path, entry, at)
     whole = {name: [*known.values()] for name, known in parts.items()}
     packed = find_packed({name: (ps[0].path, ps[0].entry) for name, ps in whole.items()})

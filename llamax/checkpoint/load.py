@@ -89,8 +89,8 @@ def check_shapes(source: Source, parameters: ShardedParameters) -> None:
         raise CheckpointError(f"{source.folder} has {name}, which the model lacks; {_REMEDY}")
 
 
-_REMEDY = "give the model section the values of the folder's own configuration"
-_OWN = "it is not a tensor of Llama: give the class that was trained, `model_class`"
+_REMEDY = "use the configuration of exactly these weights; if it is, copy the folder again"
+_OWN = "it is not a tensor of Llama: from Python, give the class that was trained as model_class"
 _PLAIN = re.compile(
     r"lm_head\.weight|model\.(embed_tokens|norm|layers\.\d+\.(\w+_layernorm|(self_attn|mlp)\."
     r"(q|k|v|o|gate|up|down)_proj(\.lora_[AB])?))\.weight"

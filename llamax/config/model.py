@@ -176,8 +176,11 @@ def _value(hub: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def _rope(hub: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings in the spelling of transformers 5, from either spelling."""
-    given = hub.get("rope_parameters") or hub.get("rope_scaling") or {}
+    """Rotary settings in the spelling of transformers 5, from either spelling.
+
+    Where a file has both, every version of transformers takes ``rope_scaling``.
+    """
+    given = hub.get("rope_scaling") or hub.get("rope_parameters") or {}
     rope = dict(given) if isinstance(given, dict) else {"rope_type": given}
     rope.setdefault("rope_type", rope.get("type", "default"))
     rope.setdefault("rope_theta", _value(hub, "rope_theta", 10_000.0))
@@ -193,7 +196,7 @@ def _problems(hub: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}={found!r} is not supported; llamax computes {only!r} only"
     if hub.get("quantization_config"):
         yield "quantization_config is not supported; use the unquantized model"
-    if (partial := rope.get("partial_rotary_factor", 1.0)) != 1.0:
+    if (partial := _value(rope, "partial_rotary_factor", 1.0)) != 1.0:
         yield f"partial_rotary_factor={partial} is not supported; llamax computes 1.0"
     sizes = {name: hub.get(name) for name in SHAPE}
     for name in ("num_key_value_heads", "head_dim", "max_position_embeddings"):

@@ -40,7 +40,7 @@ from llamax.inference.generate import (
     write_line,
 )
 from llamax.inference.prompts import PLAIN, Prompt, PromptFormat
-from llamax.inference.sampling import Sampling, check_prompts
+from llamax.inference.sampling import Sampling, check_finite, check_prompts
 from llamax.inference.text_metrics import exact_match, rouge_l
 from llamax.model.llama import Llama
 from llamax.parallel.collectives import Axis, Solo
@@ -198,7 +198,8 @@ def loss_of(model: Llama, samples: Samples, batches: int = 0, bar: bool = False)
     """Mean loss of a model in nats per counted token, with the numbers of tokens and samples.
 
     ``batches``: number of batches, from the first; 0: all.  Some token of them counts
-    (``Samples.check_labels``).  ``bar``: show a progress bar.
+    (``Samples.check_labels``).  ``bar``: show a progress bar.  Raises CheckpointError for a loss
+    that is not finite.
     """
     device = model.tp.rank_index.device
     total, counted = 0.0, 0
@@ -209,6 +210,7 @@ def loss_of(model: Llama, samples: Samples, batches: int = 0, bar: bool = False)
         ids, labels, positions = (part.to(device) for part in batch[:3])
         documents = None if batch.documents is None else batch.documents.to(device)
         loss_sum, count = model.loss(ids, labels, positions, documents_BS=documents)
+        check_finite(bool(loss_sum.isfinite()))
         total, counted = total + float(loss_sum), counted + int(count)
     loss = total / counted
     return {

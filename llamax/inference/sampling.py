@@ -223,7 +223,7 @@ def check_prompts(config: ModelConfig, prompts: Prompts, max_new_tokens: int) ->
 
 
 def check_finite(finite: bool) -> None:
-    """Raise CheckpointError where a model's first logits are not finite."""
+    """Raise CheckpointError where logits of a model, or their losses, are not finite."""
     if not finite:
         raise CheckpointError(
             "the model's logits are not finite: its training diverged or its weights are damaged; "

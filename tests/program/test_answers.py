@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.documented import documented
 from support.instruction import llama2_tokenizer, prepare, sums, write_rows
 from support.models import DECIDED as MODEL
@@ -306,3 +306,23 @@ def test_messages_name_the_options_of_the_command(
 def test_a_device_that_is_not_there_is_named_as_it_was_given(folder: Path) -> None:
     with pytest.raises(BackendError, match=r"^`device=neuron` cannot be used .* device neuron"):
         llamax.load(folder / "hub", device="neuron")
+
+
+def test_weights_that_are_not_finite_are_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not a loss of NaN without a reason."""
+    (hub := tmp_path / "hub").mkdir()
+    for name in ("config.json", "tokenizer.model"):
+        (hub / name).write_bytes((folder / "hub" / name).read_bytes())
+    weights = load_file(folder / "hub" / "model.safetensors")
+    spoilt = {**weights, "model.norm.weight": weights["model.norm.weight"] * math.nan}
+    save_file(spoilt, hub / "model.safetensors")
+    for main, given in ((evaluate, ("--data", folder / "data")), (generate, ("--prompt", "Q"))):
+        assert run_main(main, [str(hub), *map(str, given)]) != 0
+        out, err = capsys.readouterr()
+        assert err.splitlines()[-1] == (
+            "llamax: the model's logits are not finite: its training diverged or its weights are "
+            "damaged; use an earlier checkpoint"
+        )
+        assert "nan" not in out

@@ -98,7 +98,7 @@ def test_a_checkpoint_names_the_class(trained: Any) -> None:
 
 def test_going_on_without_the_class_is_refused(data: Path, trained: Any, tmp_path: Path) -> None:
     run = shutil.copytree(trained.folder, tmp_path / "run")
-    with pytest.raises(CheckpointError, match=r"has .*, which the model lacks; .*`model_class`"):
+    with pytest.raises(CheckpointError, match=r"has .*, which the model lacks; .* as model_class"):
         llamax.train(config(data, run), run={"steps": STEPS + 1})
     plain = llamax.train(config(data, tmp_path / "plain"))
     with pytest.raises(CheckpointError, match=r"has no .*, which the model has; start a new run"):
@@ -201,7 +201,7 @@ def test_it_is_loaded_by_its_class(
     assert "llamax consolidate" not in shown
     assert isinstance(model.model, Named)
     assert isinstance(model.generate("def", max_new_tokens=5), str)
-    with pytest.raises(CheckpointError, match=r"it is not a tensor of Llama.*`model_class`"):
+    with pytest.raises(CheckpointError, match=r"it is not a tensor of Llama.* as model_class"):
         llamax.load(run.folder)
     plain = llamax.train(settings, run={"folder": str(tmp_path / "b")}, model_class=Smoothed)
     caplog.clear()

@@ -46,11 +46,6 @@ class ForeignCheckpoint(ABC):
                 f"{self.folder}: {name} ({kind}) is {list(joined.shape)}, the model's is "
                 f"{list(shape)}; give the configuration of exactly this model with `config`"
             )
-        if joined.dtype != (dtype := self.dtype(name, kind)):
-            raise CheckpointError(
-                f"{self.folder}: {name} ({kind}) is {joined.dtype} on some rank and {dtype} on the "
-                "first; copy the folder again"
-            )
         return joined.contiguous()
 
     def set_model(self, model: ModelConfig) -> None:

@@ -47,6 +47,7 @@ from llamax.checkpoint.safetensors_io import (
 from llamax.config.choices import FOREIGN_FORMATS
 from llamax.runtime.errors import CheckpointError, ConfigError
 from llamax.runtime.files import copy_file
+from llamax.runtime.logging import logger
 from llamax.runtime.versions import LLAMAX
 
 FORMATS: dict[str, Callable[[Path, str, bool, int | None], ForeignCheckpoint]] = {
@@ -131,13 +132,25 @@ def import_checkpoint(
 
 
 class Lazy:
-    """One tensor, joined from its parts when the writer asks for it."""
+    """One tensor, joined from its parts when the writer asks for it.
+
+    Numbers that are not finite are copied as they are, with a warning.
+    """
 
     def __init__(self, source: ForeignCheckpoint, name: str, kind: str) -> None:
         self.source, self.name, self.kind = source, name, kind
 
     def __iter__(self) -> Iterator[Tensor]:
-        yield self.source.read(self.name, self.kind)
+        tensor = self.source.read(self.name, self.kind)
+        if not tensor.isfinite().all():
+            logger.warning(
+                "%s: %s (%s) holds numbers that are not finite: the training diverged or the files "
+                "are damaged; use an earlier checkpoint",
+                self.source.folder,
+                self.name,
+                self.kind,
+            )
+        yield tensor
 
 
 def guess(folder: Path) -> str:

@@ -30,6 +30,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -51,6 +52,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 ITERATION = re.compile(r"iter_(\d{7,})")
 STEP = re.compile(r"step=(\d+)")
 RANK = re.compile(r"(?:mp_rank_(\d{2,})(?:_(\d{3,}))?|tp_rank_(\d{2,})_pp_rank_(\d{3,}))")
+STATED_STEP = ("iteration", "global_step")  # of Megatron-LM and of Lightning, in a rank's file
 WRAPPERS = ("model", "module", "language_model")
 LAYER_NAME = re.compile(r"(encoder|transformer|decoder)\.layers\.(\d+)\.(.+)")
 MODEL_NAMES = {
@@ -96,8 +98,10 @@ class NemoCheckpoint(RankGrid):
                         f"{folder} has no file of tensor rank {rank}, pipeline rank {stage}; copy "
                         "the missing ones"
                     )
+        held = {at: load_file(self.folder, path) for at, path in grid.items()}
+        check_one_step(self.folder, {grid[at]: values for at, values in held.items()})
         chunks = [
-            [load_chunks(self.folder, grid[rank, stage]) for rank in range(tensor)]
+            [chunks_of(held[rank, stage], grid[rank, stage]) for rank in range(tensor)]
             for stage in range(stages)
         ]
         self.origin = described(self.folder, grid[0, 0], step)
@@ -251,9 +255,23 @@ def described(folder: Path, path: Path, step: int | None) -> str:
     return f"step {number[1].lstrip('0') or '0'} ({relative})" if number else str(relative)
 
 
-def load_chunks(folder: Path, path: Path) -> list[Mapping[str, StoredTensor]]:
-    """The tensors of a rank, one dict for each chunk of an interleaved pipeline."""
-    values = load_file(folder, path)
+def check_one_step(folder: Path, held: Mapping[Path, Mapping[Any, Any]]) -> None:
+    """Raise CheckpointError if files of ranks, by their paths, say that they are of other steps."""
+    known: dict[int, Path] = {}
+    for path, values in held.items():
+        stated = next((values[key] for key in STATED_STEP if key in values), None)
+        if type(stated) is int:
+            known.setdefault(stated, path)
+    if len(known) > 1:
+        (first, one), (second, other), *_ = sorted(known.items())
+        raise CheckpointError(
+            f"{folder}: {one.relative_to(folder)} is of step {first} and "
+            f"{other.relative_to(folder)} of step {second}; copy all files of one step"
+        )
+
+
+def chunks_of(values: Mapping[Any, Any], path: Path) -> list[Mapping[str, StoredTensor]]:
+    """The tensors in a rank's file, one dict for each chunk of an interleaved pipeline."""
     names = [f"model{number}" for number in range(len(values)) if f"model{number}" in values]
     if not names:
         names = [name for name in ("state_dict", "model") if name in values][:1]

@@ -25,6 +25,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -113,10 +115,20 @@ class RankGrid(ForeignCheckpoint):
     def join(self, name: str, kind: str) -> Tensor:
         stage, location = self.locate(name)
         how = self.cuts[name]
-        if isinstance(how, Replica):
-            return location.rows(self.share(stage, 0, location.name, kind))
         ranks = range(self.tensor_degree)
         shares = [self.share(stage, rank, location.name, kind) for rank in ranks]
+        if len({share.shape for share in shares}) > 1:
+            raise self.shape_error(location.name)
+        dtype = self.dtype(name, kind)
+        for other in {share.dtype for share in shares} - {dtype}:
+            raise CheckpointError(
+                f"{self.folder}: {name} ({kind}) is {other} on some rank and {dtype} on the "
+                "first; copy the folder again"
+            )
+        if isinstance(how, Replica):
+            if not all(torch.equal(share, shares[0]) for share in shares[1:]):
+                _warn_of_other_replicas(self.folder, location.name)
+            return location.rows(shares[0])
         (block,) = how.blocks
         try:
             rows = all_rows if location.joined else location.rows
@@ -187,12 +199,23 @@ class RankGrid(ForeignCheckpoint):
         if self.model.tie_word_embeddings:
             used.update(location.name for location in self.locations("lm_head.weight"))
         for ranks in self.states:
-            for name in ranks[0]:
+            for name in dict.fromkeys(name for state in ranks for name in state):
                 if name not in used and not name.endswith(IGNORED_SUFFIXES):
                     raise CheckpointError(
                         f"{self.folder} has {name[:80]}, which llamax does not know; it reads "
                         "Llamas, and needs the configuration of exactly this one"
                     )
+
+
+@cache
+def _warn_of_other_replicas(folder: Path, name: str) -> None:
+    """Warn of what every rank should have alike, once for each folder and name."""
+    logger.warning(
+        "%s: %s has other values on some tensor rank than on the first, whose are taken; are all "
+        "files of one step?",
+        folder,
+        name,
+    )
 
 
 def replicated_query_order(model: ModelConfig, replicas: int) -> list[int]:

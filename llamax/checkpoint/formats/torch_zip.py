@@ -6,7 +6,8 @@
     name/byteorder     little
     name/data/0        the elements of storage '0', uncompressed: a tensor is a range of the file
 
-Opening a file reads its structure; a tensor's bytes are read when it is loaded.  Only uncompressed
+Opening a file reads its structure; a tensor's bytes are read, and checked against the checksum of
+their storage, when it is loaded.  Only uncompressed
 entries are accepted, and together they must fit into the file, so nothing can expand to more bytes
 than the file has.  A file that torch reads and llamax does not (an older or compressed format, big
 endian) is reported as unsupported, not as damaged.
@@ -22,6 +23,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -37,12 +39,46 @@ from llamax.runtime.files import plain_file
 
 MAX_DIRECTORY_BYTES = 64 << 20
 MAX_DEPTH = 6  # of nested dicts: {"model": {"language_model": {"embedding": {...}}}}
+CHUNK_BYTES = 16 << 20  # of a storage, checked at a time
 MAX16, MAX32 = 0xFFFF, 0xFFFFFFFF
 OTHER_FORMATS = {  # by their first bytes
     b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.": "a file in the format of torch before 1.6",
     b"\x89HDF\r\n\x1a\n": "an HDF5 file",
     b"\x1f\x8b": "a gzip file",
 }
+
+
+@dataclass
+class Checksum:
+    """The CRC-32 of the bytes of a storage, which its tensors share; ``crc`` 0: nothing to check.
+
+    torch computes none with ``compute_crc32 = False``; afterwards it is checked.
+    """
+
+    size_bytes: int
+    crc: int
+
+    def check(self, path: Path, offset: int, read: Tensor) -> None:
+        """Check a storage once; ``read``: elements of it that are in memory, if all of them.
+
+        Raises CheckpointError if its bytes are other ones than were saved.
+        """
+        if not self.crc:
+            return
+        found = 0
+        if read.nbytes == self.size_bytes:
+            found = zlib.crc32(read.view(torch.uint8).numpy().data)
+        else:  # a tensor that is part of its storage
+            with open(path, "rb", opener=plain_file) as file:
+                file.seek(offset)
+                for left in range(self.size_bytes, 0, -CHUNK_BYTES):
+                    found = zlib.crc32(file.read(min(left, CHUNK_BYTES)), found)
+        if found != self.crc:
+            raise CheckpointError(
+                f"{path}: bytes {offset} to {offset + self.size_bytes} do not match their "
+                "checksum; copy it again"
+            )
+        self.crc = 0
 
 
 class StoredTensor(NamedTuple):
@@ -57,9 +93,13 @@ class StoredTensor(NamedTuple):
     start: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    checksum: Checksum = Checksum(0, 0)
 
     def load(self) -> Tensor:
-        """Read the tensor into new contiguous memory; CheckpointError if the file is short."""
+        """Read the tensor into new contiguous memory.
+
+        Raises CheckpointError if the file is short or its checksum differs.
+        """
         if not math.prod(self.shape):
             return torch.empty(self.shape, dtype=self.dtype)
         extent = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
@@ -68,6 +108,7 @@ class StoredTensor(NamedTuple):
         safetensors_io.read_elements(
             self.path, at, [StridedCopy(1, extent, 0, extent, 0, extent)], flat
         )
+        self.checksum.check(self.path, self.offset, flat)
         return flat.as_strided(self.shape, self.strides).contiguous()
 
 
@@ -125,17 +166,19 @@ def _load(path: Path, file: BinaryIO, size: int) -> Any:
     if order and _read(file, size, order) != b"little":
         raise UnsupportedFile("a file of a big-endian machine")
     structure = torch_pickle.read_pickle(_read(file, size, entries[structures[0]]), str(path))
-    offsets: dict[str, int] = {}
+    places: dict[str, tuple[int, Checksum]] = {}
 
     def locate(tensor: torch_pickle.PickledTensor) -> StoredTensor:
         storage = tensor.storage
         entry = entries.get(f"{prefix}data/{storage.key}")
         if entry is None or entry.size_bytes < storage.length * storage.dtype.itemsize:
             raise BrokenZip(f"storage {storage.key[:40]!r} is missing or short")
-        if storage.key not in offsets:
-            offsets[storage.key] = _start(file, size, entry)
+        if storage.key not in places:
+            checksum = Checksum(entry.size_bytes, entry.crc)
+            places[storage.key] = _start(file, size, entry), checksum
+        offset, checksum = places[storage.key]
         return StoredTensor(
-            path, offsets[storage.key], storage.dtype, tensor.start, tensor.shape, tensor.strides
+            path, offset, storage.dtype, tensor.start, tensor.shape, tensor.strides, checksum
         )
 
     return replace_values(structure, torch_pickle.PickledTensor, locate)

@@ -92,6 +92,26 @@ def test_numbered_files_without_an_index(tmp_path: Path, stem: str) -> None:
     refused(r"has 2 of 00003 files of weights; .*-00003-of-00003", lambda: HfFolder(folder))
 
 
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path, indexed: bool) -> None:
+    """Files of two checkpoints, of which nobody knows which is meant."""
+    folder = folder_of(tmp_path / "a")
+    wanted = numbered(folder, "model")
+    if indexed:
+        files = sorted(path.name for path in folder.glob("*.safetensors"))
+        index = {name: file for file in files for name in load_file(folder / file)}
+        text = json.dumps({"metadata": {}, "weight_map": index})
+        (folder / "model.safetensors.index.json").write_text(text)
+    check(folder, wanted)
+    first, last = (folder / f"model-0000{number}-of-00003.safetensors" for number in (1, 3))
+    name, tensor = next(iter(load_file(last).items()))
+    save_file({**load_file(first), name: tensor + 1}, first)
+    refused(
+        rf"{first.name} and {last.name} both have {name}; keep the files of one checkpoint",
+        lambda: HfFolder(folder),
+    )
+
+
 def test_shards_of_ranks_as_torch_writes_them(tmp_path: Path) -> None:
     """HuggingFaceStorageWriter on four ranks, tensors cut by rows and by columns."""
     wanted = weights()

@@ -99,6 +99,25 @@ def test_both_spellings_of_rope_are_read() -> None:
     )
 
 
+@pytest.mark.parametrize("first", [{"rope_type": "default"}, LLAMA3])
+def test_the_older_spelling_of_rope_wins_as_in_transformers(first: dict[str, Any]) -> None:
+    """Where a file has both and they differ; a theta of the newer one is not read then."""
+    from transformers import LlamaConfig
+
+    (second,) = (rope for rope in ({"rope_type": "default"}, LLAMA3) if rope != first)
+    hub = {**HUB, "rope_scaling": first, "rope_parameters": {"rope_theta": 5e5, **second}}
+    for more in ({}, {"rope_theta": 7e4}):
+        model, theirs = ModelConfig.from_hub({**hub, **more}), LlamaConfig(**hub, **more)
+        assert theirs.rope_parameters["rope_type"] == first["rope_type"]
+        assert (model.rope_scaling is None) == (first["rope_type"] == "default")
+        assert model.rope_theta == theirs.rope_parameters["rope_theta"]
+
+
+def test_a_share_of_features_that_turns_may_be_null() -> None:
+    rope = {"rope_theta": 7.0, "rope_type": "default", "partial_rotary_factor": None}
+    assert ModelConfig.from_hub({**HUB, "rope_parameters": rope}).rope_theta == 7.0
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [

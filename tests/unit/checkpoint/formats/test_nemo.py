@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from support.format_checks import check_hub, config_of, llama
 
 from llamax.cli.import_ import main as import_main
 from llamax.runtime.errors import CheckpointError
+from llamax.runtime.process import run_main
 
 
 @pytest.mark.parametrize(
@@ -160,3 +164,79 @@ def test_chunks_of_ranks_agree(tmp_path: Path) -> None:
     argv = [str(folder), "--out", str(tmp_path / "hub"), "--config", config_of(tmp_path, model)]
     with pytest.raises(CheckpointError, match="1 chunks of layers on tensor rank 1, 2 on rank 0"):
         import_main(argv)
+
+
+def spoil(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the tensors of a rank's file."""
+    held = torch.load(path)
+    change(held)
+    torch.save(held, path)
+
+
+def damaged(folder: Path, damage: str) -> str:
+    """Damage the second tensor rank of a folder; what is told."""
+    first, second = (folder / f"mp_rank_0{rank}" / "model_weights.ckpt" for rank in range(2))
+    embedding = "model.language_model.embedding.word_embeddings.weight"
+    layer = "model.language_model.encoder.layers.0."
+    dense, norm = f"{layer}self_attention.dense.weight", f"{layer}input_layernorm.weight"
+    match damage:
+        case "bit":
+            content, held = bytearray(second.read_bytes()), torch.load(second)[dense]
+            at = content.find(held.view(torch.uint8).numpy().tobytes())
+            assert at > 0
+            content[at + 5] ^= 4
+            second.write_bytes(content)
+            return r"model_weights\.ckpt: bytes \d+ to \d+ do not match their checksum; copy it"
+        case "taller":
+            spoil(first, lambda held: held.update({embedding: torch.cat([held[embedding]] * 2)}))
+            return r"embeddings\.weight of shape \[40, 32\], \[20, 32\] on 2 tensor ranks"
+        case "wider":
+            spoil(second, lambda held: held.update({dense: held[dense].float()}))
+            return r"o_proj\.weight \(weight\) is torch\.float32 on some rank and torch\.bfloat16"
+        case "more":
+            spoil(second, lambda held: held.update({f"{dense}s": held[dense]}))
+            return r"has layers\.0\.self_attention\.dense\.weights, which llamax does not know"
+        case "step":
+            for step, path in ((10, first), (11, second)):
+                torch.save({"state_dict": torch.load(path), "global_step": step}, path)
+            return r"mp_rank_00/\S+ is of step 10 and mp_rank_01/\S+ of step 11; copy all files"
+        case _:
+            spoil(second, lambda held: held.update({norm: held[norm] * 2}))
+            return ""
+
+
+@pytest.mark.parametrize("damage", ["bit", "taller", "wider", "more", "step"])
+def test_ranks_that_do_not_belong_together_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    """Each would be joined to a tensor of the right shape; nothing is left of the output."""
+    model = llama(2)
+    folder = tmp_path / "in"
+    foreign_megatron.nemo(folder, worlds.wholes(model, torch.bfloat16), model, tp=2)
+    told = damaged(folder, damage)
+    config = config_of(tmp_path, model)
+    arguments = [str(folder), "--out", str(tmp_path / "hub"), "--config", config]
+    assert run_main(import_main, arguments) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.search(told, line), line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "in"]
+
+
+def test_replicas_that_differ_and_numbers_that_are_not_finite_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was trained so is copied as it is."""
+    model = llama(2)
+    values = dict(worlds.wholes(model, torch.bfloat16))
+    values["model.norm.weight", "weight"] = values["model.norm.weight", "weight"] * math.inf
+    foreign_megatron.nemo(tmp_path / "in", values, model, tp=2)
+    damaged(tmp_path / "in", "norm")
+    config = config_of(tmp_path, model)
+    assert (
+        import_main([str(tmp_path / "in"), "--out", str(tmp_path / "hub"), "--config", config]) == 0
+    )
+    check_hub(tmp_path / "hub", values)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert "layers.0.input_layernorm.weight has other values on some tensor rank" in said[0]
+    assert "model.norm.weight (weight) holds numbers that are not finite" in said[1]

@@ -202,3 +202,18 @@ def test_entries_beyond_four_gibibytes(tmp_path: Path) -> None:
                 with archived.open(name, "w", force_zip64=True) as entry:
                     entry.write(data)
     assert torch.equal(archive.load(path)["a"].load(), torch.arange(8.0))
+
+
+def test_a_view_is_checked_with_all_of_its_storage(tmp_path: Path) -> None:
+    """Tensors may share a storage, as those of a buffer of gradients do."""
+    buffer = torch.arange(4096, dtype=torch.float32)
+    path = tmp_path / "x.pt"
+    torch.save({"a": buffer[:64], "b": buffer[64:].view(63, 64)}, path)
+    held = archive.load(path)
+    assert torch.equal(held["b"].load(), buffer[64:].view(63, 64))
+    assert torch.equal(held["a"].load(), buffer[:64])
+    content = bytearray(path.read_bytes())
+    content[content.find(buffer.numpy().tobytes()) + 4000] ^= 1  # of b alone
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"x\.pt: bytes .* do not match their checksum"):
+        archive.load(path)["a"].load()
