@@ -28,6 +28,7 @@ from llamax.launch.script import (
     array,
     head,
     logs,
+    needs_compiler,
     on_each_node,
     pid_file,
     prepare,
@@ -95,7 +96,7 @@ def render(job: JobFile, phase: str, container: bool = False) -> str:
     processes = slots(job, phase)
     has_torchrun = processes == 1
     hostfile = "/etc/mpi/hostfile" if container else job.mpirun.hostfile
-    text += pull_cache(job, phase)
+    text += needs_compiler(job, phase) + pull_cache(job, phase)
     text += ROOT
     if hostfile:
         text += f"hostfile={quote(hostfile)}\n{FIRST_HOST}"

@@ -75,6 +75,19 @@ def compiler(job: JobFile, phase: str) -> str:
     return f"{fill}neuron_parallel_compile "
 
 
+def needs_compiler(job: JobFile, phase: str) -> str:
+    """End with a line that says so where the programs cannot be compiled."""
+    if not compiler(job, phase):
+        return ""
+    missing = "neuron_parallel_compile is not installed here; start this phase on a machine of the "
+    missing += f"job, with Neuron SDK {job.sdk.sdk.name}"
+    return f"""if ! command -v neuron_parallel_compile >/dev/null; then
+    echo {quote(missing)} >&2
+    exit 2
+fi
+"""
+
+
 def pull_cache(job: JobFile, phase: str) -> str:
     """Copy compiled programs from the shared cache before training, which goes on without them."""
     if phase != "train" or not job.machine.neuron or not job.compile_cache:

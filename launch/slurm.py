@@ -34,6 +34,7 @@ from llamax.launch.script import (
     enter_folder,
     head,
     logs,
+    needs_compiler,
     on_each_node,
     prepare,
     program,
@@ -156,7 +157,7 @@ def render(job: JobFile, phase: str) -> str:
         return text + OWN + prepare(job, f"exec {srun(job, nodes)}")
     lines += ["#SBATCH --requeue", f"#SBATCH --signal=B:USR1@{job.slurm.signal_s}"]
     text = head(job, title(job, phase, "Slurm"), lines) + OWN
-    text += pull_cache(job, phase)
+    text += needs_compiler(job, phase) + pull_cache(job, phase)
     text += (PRIVATE if nodes == 1 else MASTER) + logs(job, phase)
     text += array("options", torchrun(job)) + array("program", program(job, phase))
     rendezvous = IN_A_FILE if nodes == 1 else f"{OPTIONS} --master-port {job.port}"

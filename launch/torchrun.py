@@ -20,6 +20,7 @@ from llamax.launch.script import (
     compiler,
     head,
     logs,
+    needs_compiler,
     pid_file,
     prepare,
     program,
@@ -34,7 +35,7 @@ def render(job: JobFile, phase: str) -> str:
     text = head(job, title(job, phase, "torchrun")) + pid_file(job, phase)
     if phase == "prepare":
         return text + prepare(job)
-    text += pull_cache(job, phase)
+    text += needs_compiler(job, phase) + pull_cache(job, phase)
     text += logs(job, phase)
     text += array("options", torchrun(job)) + array("program", program(job, phase))
     run = f"exec {compiler(job, phase)}torchrun"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import socket
 import sys
 import time
@@ -44,7 +45,7 @@ def describe(world_size: int, local_world_size: int, job: str, step: int = 0) ->
         "python": platform.python_version(),
         "llamax": LLAMAX,
         **dict(_versions()),
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
     }
 
 

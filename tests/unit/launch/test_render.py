@@ -85,6 +85,23 @@ def test_an_environment_that_is_not_there_is_named(
     )
 
 
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun", "slurm"])
+def test_a_machine_that_cannot_compile_is_told_so(tmp_path: Path, launcher: str) -> None:
+    fake = tmp_path / "bin"
+    fake.mkdir()
+    for name in ("mpirun", "torchrun", "srun"):
+        (fake / name).write_text("#!/bin/bash\nexec neuron_parallel_compile\n")
+        (fake / name).chmod(0o755)
+    text = render(job(storage={"mount": str(tmp_path)}, neuron_sdk="2.28"), launcher, "precompile")
+    text = text.replace("cd -- ", f"PATH={fake}:$PATH\ncd -- ", 1)
+    done = subprocess.run(["bash", "-c", text], text=True, capture_output=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "neuron_parallel_compile is not installed here; start this phase on a machine of the job, "
+        "with Neuron SDK 2.28\n"
+    )
+
+
 @pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
 def test_a_linked_pid_file_is_named_and_not_followed(tmp_path: Path, launcher: str) -> None:
     """Neither written when a job starts nor read to find a process to stop."""

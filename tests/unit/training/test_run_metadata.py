@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import socket
 from pathlib import Path
 
@@ -24,3 +25,9 @@ def test_the_environment_is_written_down(tmp_path: Path, monkeypatch: pytest.Mon
     assert "torch" in found
     product.write_text("Standard PC")
     assert run_metadata.describe(2, 2, "x")["dollars_per_hour"] == 0.0
+
+
+def test_the_command_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["train.py", "--run.folder=run a", "--data.path=it's"]
+    monkeypatch.setattr("sys.argv", words)
+    assert shlex.split(str(run_metadata.describe(1, 1, "x")["command"])) == words
