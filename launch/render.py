@@ -80,7 +80,8 @@ def action(job: JobFile, launcher: str, phase: str, what: str) -> str:
         return sagemaker_serve.action(job, what)
     if launcher == "sagemaker":
         return sagemaker.action(job, phase, what)
-    return script.action(job, phase, what)
+    has_torchrun = launcher == "torchrun" or mpirun.slots(job, phase) == 1
+    return script.action(job, phase, what, has_torchrun)
 
 
 def needed(launcher: str, phase: str, what: str) -> str:

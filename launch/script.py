@@ -227,14 +227,17 @@ fi
 """
 
 
+IN_THE_TERMINAL = "prepare has no log: it writes to the terminal in which it was started"
+
+
 def enter_folder(job: JobFile) -> str:
     """Go to the folder of a job, or end with a line that says that it is not here."""
     missing = f"there is no folder {job.folder} on this machine; use one that mounts it"
     return f"cd -- {quote(job.folder)} 2>/dev/null || {{ echo {quote(missing)} >&2; exit 2; }}"
 
 
-def action(job: JobFile, phase: str, what: str) -> str:
-    """The script of an action on a phase on this machine."""
+def action(job: JobFile, phase: str, what: str, torchrun: bool = True) -> str:
+    """The script of an action on a phase on this machine; ``torchrun``: whether it starts ranks."""
     start = f"{SHEBANG}\nset -euo pipefail\n{enter_folder(job)}\n"
     this = f"""run={quote(job.config.run.folder)}
 pid="$run/logs/{phase}-$(uname -n).pid"
@@ -248,9 +251,12 @@ if ! [[ -O $pid ]]; then
     exit 2
 fi
 """
-    newest = f"""{this}logs="$run/logs/{phase}/$(uname -n)"
-newest=$(if [[ -d $logs ]]; then find "$logs" -path '*/0/std*.log' -printf '%T@ %p\\n'; fi |
-    sort -n | tail -n 2 | cut -d ' ' -f 2-)
+    place, pattern, files = f"$run/logs/{phase}/$(uname -n)", "*/0/std*.log", 2
+    if not torchrun:  # the losses are in the terminal of mpirun, the messages of rank 0 here
+        place, pattern, files = "$run/logs", "*/rank-00000.log", 1
+    newest = f"""{this}logs="{place}"
+newest=$(if [[ -d $logs ]]; then find "$logs" -path '{pattern}' -printf '%T@ %p\\n'; fi |
+    sort -n | tail -n {files} | cut -d ' ' -f 2-)
 if [[ -z $newest ]]; then
     echo "no log yet in $(realpath -m -- "$logs")"
     exit 0
@@ -272,7 +278,7 @@ fi
 echo "{phase} of $run was asked to save and end; process $number then ends"
 """,
             "status": process + 'ps -ww -o pid,etime,args -p "$number"\n',
-            "logs": newest,
+            "logs": newest if phase != "prepare" else f"echo {quote(IN_THE_TERMINAL)}\n",
             "utilization": f"exec {job.machine.monitor}\n",
             "clean": clean,
         }[what]

@@ -179,9 +179,11 @@ def with_programs() -> dict[str, str]:
 def test_mpirun_trains(folder: Path, temporary: Path, expected: list[float], per: str) -> None:
     environ = {**os.environ, "TMPDIR": str(temporary)}
     add_stray_modules(folder)
-    launch(write(folder, f'[mpirun]\nper = "{per}"\n'), "mpirun", env=environ)
+    job = write(folder, f'[mpirun]\nper = "{per}"\n')
+    launch(job, "mpirun", env=environ)
     trained(folder)
     assert losses(folder) == expected
+    assert "done in" in launch(job, "mpirun", "--action", "logs")
 
 
 RSH = """#!/bin/bash

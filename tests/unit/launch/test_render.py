@@ -141,6 +141,16 @@ def test_a_linked_pid_file_is_named_and_not_followed(tmp_path: Path, launcher: s
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
+def test_prepare_has_no_log_to_wait_for(tmp_path: Path, launcher: str) -> None:
+    text = action(job(storage={"mount": str(tmp_path)}), launcher, "prepare", "logs")
+    done = subprocess.run(["bash", "-c", text], text=True, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == (
+        "prepare has no log: it writes to the terminal in which it was started\n"
+    )
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
 @pytest.mark.parametrize("folder", ["run", "my run", "/elsewhere"])
 def test_actions_before_a_job_ran_end_well(tmp_path: Path, launcher: str, folder: str) -> None:
     where, node = tmp_path / "it's shared", platform.node()
