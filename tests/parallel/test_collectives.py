@@ -12,6 +12,7 @@ from support.world import Worlds, axes
 from torch import Tensor
 
 from llamax.backends import torch_axes
+from llamax.backends.torch_axes import GlooAxis, TorchAxis
 from llamax.config.schema import OptimConfig
 from llamax.data.loader import Batch
 from llamax.model.llama import Llama
@@ -29,12 +30,14 @@ def held(rank: int, dtype: torch.dtype) -> Tensor:
     return torch.randint(-9, 9, SHAPE, generator=generator).to(dtype)
 
 
-def verbs(mesh: Mesh, dtype: torch.dtype) -> list[str]:
+def verbs(mesh: Mesh, dtype: torch.dtype, kind: type[TorchAxis] = GlooAxis) -> list[str]:
     """On a rank: the verbs of each axis with a wrong result or a changed input."""
     found = []
     for axis in (axes(mesh).tp, axes(mesh).data):
         if isinstance(axis, Solo):
             continue
+        assert isinstance(axis, TorchAxis)
+        axis = kind(axis.name, axis.ranks, torch.device("cpu"), axis.group)
         x = [held(rank, dtype) for rank in axis.ranks]
         mine, n, r = x[axis.rank].clone(), axis.size, axis.rank
         expected = {"all_reduce": sum(x[1:], x[0]), "max": torch.stack(x).amax(0)}
@@ -52,6 +55,14 @@ def verbs(mesh: Mesh, dtype: torch.dtype) -> list[str]:
         for by in (1, -1, 2):
             got[f"shift {by}"] = axis.shift(mine, by)
             expected[f"shift {by}"] = x[(r - by) % n]
+        waits = {
+            "started gather": axis.start_all_gather(mine),
+            "started scatter": axis.start_reduce_scatter(mine),
+            "started shift": axis.start_shift(mine),
+        }
+        for verb in ("gather 0", "scatter 0", "shift 1"):
+            expected[f"started {verb[:-2]}"] = expected[verb]
+        got |= {name: wait() for name, wait in waits.items()}
         strided = mine.transpose(0, 2)
         got["strided"] = axis.reduce_scatter(strided, 0)
         expected["strided"] = sum(x[1:], x[0]).transpose(0, 2).chunk(n)[r]
@@ -70,6 +81,13 @@ def verbs(mesh: Mesh, dtype: torch.dtype) -> list[str]:
 @pytest.mark.parametrize("mesh", [Mesh(tp=2, dp=2), Mesh(tp=4)], ids=str)
 def test_every_verb_computes_its_definition(worlds: Worlds, mesh: Mesh, dtype: torch.dtype) -> None:
     for found in worlds(4).run(verbs, mesh, dtype):
+        assert found == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64], ids=str)
+def test_the_verbs_of_gpus_compute_the_same(worlds: Worlds, dtype: torch.dtype) -> None:
+    """They are torch.distributed's own, here over gloo in place of nccl."""
+    for found in worlds(4).run(verbs, Mesh(tp=2, dp=2), dtype, TorchAxis):
         assert found == []
 
 

@@ -14,6 +14,7 @@ from support.step_reference import build, share, training
 from support.world import Worlds, axes
 from torch import Tensor
 
+from llamax.backends.torch_axes import GlooAxis, TorchAxis
 from llamax.model.recompute import Recompute
 from llamax.parallel.collectives import Meter, Metered
 from llamax.parallel.mesh import Mesh
@@ -51,10 +52,17 @@ class Watched(Metered):
         return arrived
 
 
-def trained(prefetches: bool, recompute: Recompute, overlaps: bool = True) -> dict[str, Any]:
+def trained(
+    prefetches: bool,
+    recompute: Recompute,
+    overlaps: bool = True,
+    kind: type[TorchAxis] = GlooAxis,
+) -> dict[str, Any]:
     """On a rank: three steps of two microsteps with validations between them."""
     there = axes(Mesh(dp=2))
-    watched = Watched(there.data, Meter())
+    data = there.data
+    assert isinstance(data, TorchAxis)
+    watched = Watched(kind(data.name, data.ranks, torch.device("cpu"), data.group), Meter())
     there = replace(there, data=watched)
     llama = build(TINY, there, False)
     llama.model.mode = recompute
@@ -100,4 +108,15 @@ def test_gradients_are_summed_while_backward_goes_on(worlds: Worlds, recompute: 
         assert one["sent"] == other["sent"]
         assert one["sums"] == other["sums"] == (1, 0)
         assert one["gathers in sums"] == 0
+        assert other["gathers in sums"] > 20
+
+
+def test_the_verbs_of_gpus_train_the_same(worlds: Worlds) -> None:
+    """They are torch.distributed's own, here over gloo in place of nccl."""
+    ours, theirs = (
+        worlds(2).run(trained, True, "none", True, kind) for kind in (GlooAxis, TorchAxis)
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        assert all(map(torch.equal, one["values"], other["values"]))
+        assert other["hits"] > 100
         assert other["gathers in sums"] > 20
