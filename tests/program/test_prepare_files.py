@@ -120,7 +120,8 @@ def test_packed_files_and_empty_tables_are_named(tokenizer: Path, tmp_path: Path
         with pytest.raises(DataError, match=r"zst: is packed \(\.zst\); unpack it, or pack its"):
             prepare(tmp_path / "out", tmp_path / "a.jsonl.zst", *given, *more)
     (tmp_path / "a.csv").write_text("text,id\n")
-    with pytest.raises(DataError, match=r"a\.csv: is a table without .*columns: none"):
+    empty = r"a\.csv: holds no text, only tables that have no row or no column 'text': .*a\.csv"
+    with pytest.raises(DataError, match=empty):
         prepare(tmp_path / "out", tmp_path / "a.csv", *given)
     (tmp_path / "a.json.gz").write_bytes(b"no gzip")
     with pytest.raises(DataError, match=r"a\.json\.gz: cannot be read"):
@@ -128,7 +129,9 @@ def test_packed_files_and_empty_tables_are_named(tokenizer: Path, tmp_path: Path
     folder = tmp_path / "folder"
     folder.mkdir()
     write_table(folder / "b.csv", [{"a": "1"}])
-    with pytest.raises(DataError, match=r"no text, only tables without a column 'text': .*b\.csv"):
+    with pytest.raises(
+        DataError, match=r"only tables that have no row or no column 'text': .*b\.csv"
+    ):
         prepare(tmp_path / "out", folder, *given)
 
 

@@ -6,6 +6,7 @@
     .arrow .ipc .feather     record batches, as a stream (what ``datasets`` writes) or as a file
 
 Rows are read in batches, so that memory does not grow with a row group.  Files of Arrow are mapped.
+Checksums of Parquet's pages are checked where a writer, such as Spark, has made them.
 Columns of bytes, such as images and sounds, are not read: their values are ``b""``.
 
 Source: Arrow, "Serialization and Interprocess Communication (IPC)".
@@ -37,7 +38,8 @@ def parquet_ranges(path: Path, version: str) -> Iterator[RowRange]:
         about, first = _parquet(path).metadata, 0
         for group in range(about.num_row_groups):
             count = about.row_group(group).num_rows
-            yield RowRange(str(path), "parquet", group, group + 1, first, count, version)
+            if count:
+                yield RowRange(str(path), "parquet", group, group + 1, first, count, version)
             first += count
 
 
@@ -56,7 +58,7 @@ def _parquet(path: Path) -> Any:
     _pyarrow(path, "Parquet")
     from pyarrow import parquet  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
-    return parquet.ParquetFile(path, buffer_size=2**20)
+    return parquet.ParquetFile(path, buffer_size=2**20, page_checksum_verification=True)
 
 
 # ---- Arrow
@@ -166,6 +168,10 @@ def _short_rows(batch: Any, most: int) -> Iterator[Row | DataError]:
     """
     from pyarrow import array, compute  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
+    names = batch.schema.names
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        yield DataError(f"has two columns {twice[:80]!r}; rename one of them")
+        return
     lengths = [
         compute.utf8_length(column).to_pylist()
         for column in batch.columns

@@ -129,7 +129,8 @@ def plan(
         chunks.append(tuple(small))
     if not chunks:
         tables = [name for name in left if kind_of(Path(name))]
-        why = f", only tables without a column {key!r}: {', '.join(tables[:8])}" if tables else ""
+        empty = f", only tables that have no row or no column {key!r}: {', '.join(tables[:8])}"
+        why = empty if tables else ""
         only = "" if [*glob] == ["*"] else f" in files like {', '.join(glob)}"
         raise DataError(
             f"{', '.join(map(str, inputs))}: holds no text{only}{why}; give text files, JSONL "
@@ -154,11 +155,13 @@ def _table_in_json(path: Path, key: str, most: int) -> str:
 
 
 def _table(path: Path, key: str, named: bool, most: int) -> list[RowRange]:
-    """The ranges of a table; none if it lacks the column ``key``, DataError if it was ``named``."""
-    ranges = list(scan(path, most))
-    if not ranges and kind_of(path) == "arrow":  # a saved dataset may have empty files
+    """The ranges of a table; none if it has no row, or lacks the column ``key``.
+
+    Raises DataError for a table without that column that was ``named``.
+    """
+    if not (ranges := list(scan(path, most))):
         return []
-    _, first = next(read_rows(ranges[0], most), ("", {})) if ranges else ("", {})
+    _, first = next(read_rows(ranges[0], most), ("", {}))
     if key in first:
         return ranges
     if named:

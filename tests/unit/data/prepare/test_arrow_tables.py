@@ -178,6 +178,57 @@ def test_damaged_pages_of_parquet_are_refused_in_one_line(tmp_path: Path) -> Non
     assert all(f"{path}: is not Parquet, or is damaged (" in message for message in refused)
 
 
+def test_checksums_of_pages_are_checked_where_there_are_some(tmp_path: Path) -> None:
+    """As parquet-mr, and so Spark, writes them; a flipped bit of a text has no other sign."""
+    from pyarrow import parquet
+
+    path = tmp_path / "rows.parquet"
+    table = pyarrow.table({"text": ["a sound text", "another"]})
+    options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    parquet.write_table(table, path, write_page_checksum=True, **options)
+    assert read(path) == table.to_pylist()
+    path.write_bytes(path.read_bytes().replace(b"a sound", b"a round"))
+    with pytest.raises(DataError, match=r"rows\.parquet: is not Parquet, or is damaged \(.*CRC"):
+        read(path)
+
+
+def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    """As in the head of a CSV: nobody knows which is meant."""
+    from pyarrow import parquet
+
+    table = pyarrow.table([["a"], ["b"], ["c"]], names=["id", "text", "text"])
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    with pyarrow.ipc.new_file(tmp_path / "rows.arrow", table.schema) as writer:
+        writer.write_table(table)
+    for path in (tmp_path / "rows.parquet", tmp_path / "rows.arrow"):
+        with pytest.raises(DataError, match=rf"{path}: row 1: has two columns 'text'; rename"):
+            read(path)
+
+
+def test_tables_and_row_groups_without_rows_are_left_out(tmp_path: Path) -> None:
+    from pyarrow import parquet
+
+    table = pyarrow.table({"text": ["a", "b"]})
+    with parquet.ParquetWriter(tmp_path / "rows.parquet", table.schema) as writer:
+        for part in (table[:0], table[:1], table[:0], table[1:], table[:0]):
+            writer.write_table(part)
+    assert parquet.ParquetFile(tmp_path / "rows.parquet").num_row_groups == 5
+    assert [
+        place
+        for rows in plan_tables([str(tmp_path / "rows.parquet")])
+        for place, _ in read_rows(rows)
+    ] == [f"{tmp_path}/rows.parquet: row {number}" for number in (1, 2)]
+    parquet.write_table(table[:0], tmp_path / "none.parquet")
+    left: list[str] = []
+    inputs = [tmp_path / name for name in ("none.parquet", "rows.parquet")]
+    assert len(plan(inputs, left=left)) == 2
+    assert left == [str(tmp_path / "none.parquet")]
+    with pytest.raises(
+        DataError, match=r"only tables that have no row or no column 'text': .*none"
+    ):
+        plan([tmp_path / "none.parquet"])
+
+
 def test_a_row_above_the_limit_is_refused(tmp_path: Path) -> None:
     path = stream(tmp_path / "a.arrow", [{"text": "short"}, {"text": "x" * 1000}], batch=1)
     (rows,) = plan_tables([str(path)])
