@@ -39,7 +39,7 @@ from llamax.runtime.hub_name import HubName, hub_name
 from llamax.runtime.units import count, show_bytes, show_number, show_time
 from llamax.tools.audit import compile_cache
 from llamax.tools.audit.compile_cache import FLAGS, Note
-from llamax.tools.doctor import Finding, Host, machine, storage, versions
+from llamax.tools.doctor import Finding, Host, job_files, machine, storage, versions
 from llamax.tools.doctor.finding import passed, unknown
 from llamax.tools.doctor.shared_cache import shared_cache
 from llamax.tools.plan import Plan, nearest, plan_run
@@ -52,12 +52,14 @@ def examine(host: Host, job: JobFile | None, wait_s: float) -> Iterator[Finding]
     """The findings about a machine, and about a job on it; waits ``wait_s`` for the other nodes."""
     expected = job.machine if job else observed(host)
     yield from versions.check(host, job.config.run.backend if job else expected.backend)
+    yield from job_files.environment(job) if job else ()
     neuron = expected.neuron and expected.devices
     ports = [job.port if job else RENDEZVOUS_PORT] + ([NEURON_PORT] if neuron else [])
     yield from machine.check(host, expected, ports)
     if job is None:
         return
     yield from _sdk(host, job)
+    yield from job_files.secrets(job)
     folder = Path(job.folder)
     yield from storage.check(host, folder, job.nodes, wait_s)
     path = _below(folder, job.config.data.path)
