@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,7 @@ class HfFolder(Source):
         for name in [*self._entries]:
             if name.endswith(".rotary_emb.inv_freq"):  # computed
                 del self._entries[name]
+        check_floating({name: entry.dtype for name, entry in self._entries.items()}, self.folder)
         if self.model.get("tie_word_embeddings") is True and HEAD in self._entries:
             self._tie()
         if EMBEDDING not in self._entries:
@@ -223,6 +225,15 @@ class HfFolder(Source):
         if not real.is_file():
             raise CheckpointError(f"{path} is missing or not a plain file; download it again")
         return path
+
+
+def check_floating(dtypes: Mapping[str, torch.dtype], folder: Path) -> None:
+    """Raise CheckpointError for a tensor of integers, such as a quantised one without its scale."""
+    for name, dtype in dtypes.items():
+        if not dtype.is_floating_point:
+            raise CheckpointError(
+                f"{folder}: {name[:80]} is {dtype}; llamax reads floating-point weights"
+            )
 
 
 def _check_no_adapters(folder: Path) -> None:

@@ -181,7 +181,15 @@ class Merged(Source):
 
     def _load(self, name: str, change: Change) -> _Loaded:
         def read(tensor: str) -> Tensor | None:
-            return self.adapter.read(tensor).float() if tensor else None
+            if not tensor:
+                return None
+            values = self.adapter.read(tensor).float()
+            if not values.isfinite().all():
+                raise CheckpointError(
+                    f"{self.adapter.folder}: {tensor} holds numbers that are not finite: its "
+                    "training diverged or its file is damaged; use an earlier checkpoint"
+                )
+            return values
 
         a, b = read(change.a), read(change.b)
         if a is not None and b is not None:

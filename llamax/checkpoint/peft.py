@@ -31,7 +31,13 @@ from llamax.checkpoint import slabs
 from llamax.checkpoint.adapter_record import AdapterInfo as AdapterInfo
 from llamax.checkpoint.adapter_record import base_problems, recorded
 from llamax.checkpoint.atomic import new_folder
-from llamax.checkpoint.hf_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED_WEIGHTS, read_json
+from llamax.checkpoint.hf_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    PICKLED_WEIGHTS,
+    check_floating,
+    read_json,
+)
 from llamax.checkpoint.hf_writer import write_json
 from llamax.checkpoint.listing import find_checkpoint
 from llamax.checkpoint.peft_settings import PeftSettings, problems
@@ -115,8 +121,14 @@ class PeftFolder(Source):
                 "with PEFT and save it with save_pretrained(safe_serialization=True)"
             )
         self._entries: dict[str, TensorEntry] = {}
-        for name, entry in read_header(self._path).items():
-            self._entries[name.removeprefix(PEFT_PREFIX)] = entry
+        for stored, entry in read_header(self._path).items():
+            if (name := stored.removeprefix(PEFT_PREFIX)) in self._entries:
+                raise CheckpointError(
+                    f"{self._path} has {name[:80]} with and without {PEFT_PREFIX} before it; save "
+                    "the adapter again"
+                )
+            self._entries[name] = entry
+        check_floating({name: entry.dtype for name, entry in self._entries.items()}, self.folder)
         for name in self._entries:
             if not TENSOR.fullmatch(name):
                 raise CheckpointError(

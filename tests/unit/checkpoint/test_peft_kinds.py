@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from support.adapters import hub_folder
 from support.models import TINY
 
 from llamax.checkpoint.build_model import load_tuned
-from llamax.checkpoint.hf_folder import ADAPTER_CONFIG, HfFolder, open_source
+from llamax.checkpoint.hf_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HfFolder, open_source
 from llamax.checkpoint.merge import merge
 from llamax.checkpoint.merged import Merged
 from llamax.checkpoint.peft import PeftFolder, find_base_folder, open_adapter
@@ -171,3 +173,40 @@ def test_an_adapter_of_all_layers_stays_beside_its_base(tmp_path: Path) -> None:
     names = dict(load_tuned(tmp_path / "adapter").named_parameters())
     assert "model.layers.1.mlp.up_proj.lora_A.weight" in names
     assert not PeftFolder(tmp_path / "adapter").is_uniform(3)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            lambda held, name: {f"base_model.model.{name}": held[name].int()},
+            " is torch.int32; llam",
+        ),
+        (lambda held, name: {name: held[name] + 1}, "with and without base_model.model. before it"),
+        (lambda held, name: {f"base_model.model.{name}": held[name] / 0}, "are not finite: its tr"),
+    ],
+    ids=["integers", "twice", "infinite"],
+)
+def test_factors_that_cannot_be_are_refused(
+    tmp_path: Path, change: Callable[[Any, str], Any], line: str
+) -> None:
+    """They would be rounded, taken at random, or make a model of NaN."""
+    saved(tmp_path, False, KINDS["ranks"])
+    path, name = tmp_path / "adapter" / ADAPTER_WEIGHTS, "model.layers.0.mlp.up_proj.lora_A.weight"
+    held = load_file(path)
+    plain = {stored.removeprefix("base_model.model."): tensor for stored, tensor in held.items()}
+    save_file({**held, **change(plain, name)}, path)
+    for reader in (load_tuned, lambda folder: merge(folder, tmp_path / "out")):
+        with pytest.raises(CheckpointError, match=rf"{name}.*{line}"):
+            reader(tmp_path / "adapter")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8])
+def test_a_base_of_integers_is_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Quantised weights whose scales are elsewhere; merging would round the sums."""
+    folder = hub_folder(tmp_path / "base", TINY)
+    held, name = load_file(folder / "model.safetensors"), "model.layers.0.mlp.up_proj.weight"
+    save_file({**held, name: held[name].to(dtype)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{name} is {dtype}; llamax reads floating-point"):
+        HfFolder(folder)
