@@ -38,6 +38,10 @@ RESERVED = (
 SECRET = re.compile(r"(?:^|_)(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(?:$|_)", re.I)
 
 
+# A variable in the form of a shell, such as $PATH; not ${rank} of torchrun's template.
+NAMED = re.compile(r"\$(?:[A-Z_][A-Z0-9_]*|\{[A-Z_][A-Z0-9_]*\})")
+
+
 class Variable(NamedTuple):
     """An environment variable and the reason why it is set."""
 
@@ -73,6 +77,16 @@ def sdk_notes(job: JobFile) -> Iterator[str]:
 def plain_text_secrets(job: JobFile) -> list[str]:
     """The names in the table environment that sound like secrets."""
     return [name for name, _ in job.environment if SECRET.search(name)]
+
+
+def literal_values(job: JobFile) -> Iterator[str]:
+    """What looks like another variable in the table environment, one line each."""
+    for name, value in job.environment:
+        if found := NAMED.search(value):
+            yield (
+                f"environment.{name} holds {found[0]} as text: no variable is expanded there; "
+                "write the whole value"
+            )
 
 
 def _table(job: JobFile, container: bool) -> Iterator[Variable]:

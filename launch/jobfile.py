@@ -334,8 +334,14 @@ def parse(tables: dict[str, Any], where: str = "job", folder: Path = Path()) -> 
                 problems.unknown.append(
                     f"{table}.{key} is not a name of a variable; use letters, digits and _"
                 )
-    rest = {key: value for key, value in tables.items() if key not in TABLES}
-    job = build(JobFile, rest, problems, given=pairs)
+    run = {each.name for each in fields(Config)}
+    problems.unknown += [
+        f"{key} is a section of the run, not of the job; write it below [overrides]"
+        for key in tables
+        if key in run
+    ]
+    rest = {key: value for key, value in tables.items() if key not in run.union(TABLES)}
+    job = build(JobFile, rest, problems, given=pairs, also=TABLES)
     if in_file(job.instance):
         job = replace(job, instance=str(folder / job.instance))
     if in_file(job.serve.instance):

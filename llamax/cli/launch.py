@@ -25,7 +25,7 @@ from llamax.cli.options import Parser
 from llamax.launch import jobfile, sagemaker
 from llamax.launch.checks import problems
 from llamax.launch.cluster import actions as cluster_actions
-from llamax.launch.environment import plain_text_secrets, sdk_notes
+from llamax.launch.environment import literal_values, plain_text_secrets, sdk_notes
 from llamax.launch.jobfile import JobFile
 from llamax.launch.render import ACTIONS, PHASES, action, environment, needed, render, starter
 from llamax.runtime.errors import (
@@ -70,7 +70,8 @@ def main(argv: Sequence[str]) -> int:
         )
     job = jobfile.load(options.job)
     if options.node is not None and not 0 <= options.node < job.nodes:
-        raise ConfigError(f"--node={options.node} is out of range; use 0 to {job.nodes - 1}")
+        most = f"0 to {job.nodes - 1}" if job.nodes > 1 else "0, the only node of the job"
+        raise ConfigError(f"--node={options.node} is out of range; use {most}")
     refuse(problems(job, launcher, phase), str(options.job))
     for name in plain_text_secrets(job) if what == "start" else ():
         print(
@@ -78,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
             "use the table secrets",
             file=sys.stderr,
         )
-    for line in sdk_notes(job) if what == "start" else ():
+    for line in (*literal_values(job), *sdk_notes(job)) if what == "start" else ():
         print(f"llamax: {line}", file=sys.stderr)
     text = render(job, launcher, phase) if what == "start" else action(job, launcher, phase, what)
     if options.render:

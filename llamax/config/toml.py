@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
@@ -87,11 +87,13 @@ def build(
     problems: Problems,
     prefix: str = "",
     given: Mapping[str, Any] | None = None,
+    also: Iterable[str] = (),
 ) -> T:
     """A dataclass from a TOML table; what is wrong with the table is added to ``problems``.
 
-    ``given`` are fields that do not come from the table, and are no key of it.  A field whose value
-    cannot be used has its default or, where it is required, any value of its type.
+    ``given`` are fields that do not come from the table, and are no key of it.  ``also``: keys that
+    the caller reads, for hints alone.  A field whose value cannot be used has its default or, where
+    it is required, any value of its type.
     """
     values = dict(given or {})
     if not isinstance(table, dict):
@@ -105,7 +107,7 @@ def build(
         if name not in hints:
             what = "section" if all(map(section_of, hints.values())) else "key"
             shown = len(problems.unknown) < MOST_PROBLEMS
-            hint = (same_setting(name) or did_you_mean(name, hints)) if shown else ""
+            hint = (same_setting(name) or did_you_mean(name, [*hints, *also])) if shown else ""
             problems.unknown.append(f"{dot}{name} is an unknown {what}{hint}")
         elif section := section_of(hints[name]):
             values[name] = build(section, value, problems, dot + name)

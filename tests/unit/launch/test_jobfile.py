@@ -51,6 +51,12 @@ def test_a_file_is_read_and_a_broken_one_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"override": {}}, "job: override is an unknown key; did you mean overrides?"),
+        ({"enviroment": {}}, "job: enviroment is an unknown key; did you mean environment?"),
+        (
+            {"optim": {"lr": 1}},
+            "job: optim is a section of the run, not of the job; write it below [overrides]",
+        ),
         ({"nods": 4}, "job: nods is an unknown key; did you mean nodes?"),
         ({"slurm__partitoin": "x"}, "slurm.partitoin is an unknown key; did you mean partition?"),
         ({"nodes": "4"}, 'nodes="4" is a string; write an integer'),

@@ -18,7 +18,7 @@ from support.launch_jobs import TRICKS, job
 from support.mpijob_schema import MPIJOB
 
 from llamax.launch.checks import problems
-from llamax.launch.environment import plain_text_secrets
+from llamax.launch.environment import literal_values, plain_text_secrets
 from llamax.launch.jobfile import JobFile
 from llamax.launch.render import PHASES, render
 from llamax.runtime.errors import ConfigError
@@ -186,6 +186,17 @@ def test_plain_values_that_sound_like_secrets_are_named() -> None:
     named = {"WANDB_API_KEY": "x", "hf_token": "y", "AWS_SECRET_ACCESS_KEY": "z", "PASSWORD": ""}
     plain = {"NEURON_FUSE_SOFTMAX": "1", "TOKENIZERS_PARALLELISM": "0", "KEYBOARD": "", "A": ""}
     assert plain_text_secrets(job(environment={**named, **plain})) == [*named]
+
+
+def test_a_variable_in_a_value_is_named() -> None:
+    """It reaches the job as it is written: the value is one quoted word of the script."""
+    told = {"PATH": "/opt/bin:$PATH", "A": "x${LD_LIBRARY_PATH}"}
+    kept = {"B": "$", "C": "[rank ${rank}]", "D": "$1", "E": "a$b"}
+    assert [*literal_values(job(environment={**told, **kept}))] == [
+        f"environment.{name} holds {found} as text: no variable is expanded there; write the whole "
+        "value"
+        for name, found in (("PATH", "$PATH"), ("A", "${LD_LIBRARY_PATH}"))
+    ]
 
 
 # ---- images
