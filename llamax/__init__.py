@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from llamax.inference.generate import GenerationSettings, compare, generate
     from llamax.inference.language_model import load
     from llamax.inference.serving.server import ServeSettings, serve
+    from llamax.runtime.errors import LlamaxError
     from llamax.tools.audit.auditor import audit
     from llamax.tools.inspect.description import describe
     from llamax.tools.plan.planner import plan
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Config",
     "GenerationSettings",
+    "LlamaxError",
     "ServeSettings",
     "__version__",
     "audit",
@@ -65,6 +67,7 @@ __all__ = [
 _MODULES = {
     "Config": "config.schema",
     "GenerationSettings": "inference.generate",
+    "LlamaxError": "runtime.errors",
     "ServeSettings": "inference.serving.server",
     "audit": "tools.audit.auditor",
     "compare": "inference.generate",

@@ -1,4 +1,4 @@
-"""AdamW over flat buckets: ZeRO stage 1, gradient clipping, and the learning rate over a run."""
+"""AdamW over flat buckets: ZeRO 1 to 3, gradient clipping, and the learning rate over a run."""
 
 from llamax.optim.groups import Owned
 from llamax.optim.schedule import lr_at

@@ -230,8 +230,8 @@ class Placeholder(Parameter):
     """A weight that lies in runs on the data ranks: name, shape and dtype, on the meta device.
 
     Before it is cut it has a ``home``, where its runs will be, and perhaps ``initial`` values.
-    Raises ConfigError where values of it are asked for; torch would compute with whatever memory
-    holds.
+    Raises ConfigError where values of it are asked for, or changed; torch would compute with
+    whatever memory holds, and change nothing.
     """
 
     weight_name = "a weight"
@@ -256,6 +256,13 @@ class Placeholder(Parameter):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         name = next(leaf.weight_name for leaf in tensors if isinstance(leaf, Placeholder))
+        called = func.__name__
+        if changes(called):
+            raise ConfigError(
+                f"{called} would change {name}, of which each data rank keeps a run with "
+                "parallel.zero=3; change the runs that the optimizer's owned() gives, or use "
+                "parallel.zero=2"
+            )
         try:
             if not all(isinstance(leaf, Placeholder) or leaf.is_meta for leaf in tensors):
                 raise NotImplementedError("not on the meta device")
@@ -264,13 +271,19 @@ class Placeholder(Parameter):
             )
         except (RuntimeError, NotImplementedError) as error:
             raise ConfigError(
-                f"{func.__name__} reads {name}, of which each data rank keeps a run with "
+                f"{called} reads {name}, of which each data rank keeps a run with "
                 "parallel.zero=3; use layer.dense(), which gathers it, in place of layer.weight, "
                 "or parallel.zero=2"
             ) from error
         if isinstance(result, Placeholder):
             result.weight_name = name
         return result
+
+
+def changes(method: str) -> bool:
+    """Whether a method of a tensor, by its name, changes its values in place."""
+    in_place = method.endswith("_") and not method.endswith("__")
+    return (in_place and method != "requires_grad_") or method == "__setitem__"
 
 
 def set_values(weight: Tensor, values: Values) -> None:

@@ -109,7 +109,25 @@ class Deaf(Staged):
         super().__init__(model, tp, sequence_parallel=sequence_parallel)
 
 
-KINDS = {kind.__name__: kind for kind in (Staged, Narrow, Named, Elsewhere, Direct, Everywhere)}
+class Frozen(Llama):
+    """Its embedding and first layer are frozen: with chunks, the first chunk of stage 0 whole."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if self.model.embed_tokens is not None:
+            self.model.embed_tokens.requires_grad_(False)
+            self.model.layers["0"].requires_grad_(False)
+
+
+class FrozenHalf(Frozen):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if "1" in self.model.layers:
+            self.model.layers["1"].requires_grad_(False)
+
+
+ALL = (Staged, Narrow, Named, Elsewhere, Direct, Everywhere, Frozen, FrozenHalf)
+KINDS = {kind.__name__: kind for kind in ALL}
 FOUR = replace(LLAMA2, num_hidden_layers=4)
 
 
@@ -184,6 +202,10 @@ def test_own_modules_in_stages_step_as_the_whole(
         ("Narrow", "the loss of Narrow calls self.hidden with another x_BsD than it was given"),
         ("Elsewhere", "the loss of Elsewhere calls self.hidden with another attend than it was"),
         ("Direct", "the loss of Direct does not call self.hidden, so the layers of the last"),
+        (
+            "FrozenHalf",
+            "every parameter of stage 0 is frozen, so there is nothing to train; set req",
+        ),
         ("Everywhere", "Everywhere makes temperature on stage 0 of 2, where only the last stage"),
     ],
 )
@@ -191,6 +213,15 @@ def test_what_would_differ_between_stages_is_refused(worlds: Worlds, kind: str, 
     with pytest.raises(WorldError, match=words) as caught:
         worlds(2).run(on_mesh, Mesh(pp=2), kind, False, 1, 2)
     assert "ConfigError" in str(caught.value)
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_a_frozen_chunk_passes_no_gradient_on(worlds: Worlds, chunks: int) -> None:
+    whole = stepped(Axes.solo(), Mesh(), "Frozen", False, 1, 1)
+    mesh = Mesh(pp=2, ends=chunks > 1)
+    for one in worlds(2).run(on_mesh, mesh, "Frozen", False, chunks, 4):
+        assert one["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+        assert one["norm"] == pytest.approx(whole["norm"], rel=1e-5)
 
 
 def test_a_stage_with_all_layers_is_refused() -> None:

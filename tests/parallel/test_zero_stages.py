@@ -8,6 +8,7 @@ sends; then the same comparison with a defect planted in the ranks: each must fa
 
 from __future__ import annotations
 
+import operator
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -212,7 +213,6 @@ def test_a_weight_without_values_is_not_computed_with(worlds: Worlds) -> None:
         lambda w: torch.cat([torch.ones(1, 3), w]),
         lambda w: w.square().sum() + torch.ones(()),
         lambda w: w.norm().item(),
-        lambda w: w.copy_(torch.ones(4, 3)),
     ],
 )
 def test_nothing_is_computed_from_a_placeholder(use: Callable[[Tensor], Any]) -> None:
@@ -220,6 +220,26 @@ def test_nothing_is_computed_from_a_placeholder(use: Callable[[Tensor], Any]) ->
     assert (weight.shape, weight.dtype, weight.numel()) == ((4, 3), torch.float32, 12)
     with pytest.raises(ConfigError, match="reads a weight, of which each data rank keeps a run"):
         use(weight)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w.copy_(torch.ones(4, 3)),
+        lambda w: w.mul_(2),
+        lambda w: w.data.clamp_(-1, 1),
+        lambda w: w.detach().zero_(),
+        lambda w: w.__setitem__(0, 1.0),
+        lambda w: operator.isub(w, 1.0),
+        lambda w: operator.itruediv(w, 2.0),
+        torch.nn.init.ones_,
+    ],
+)
+def test_a_placeholder_is_not_changed(change: Callable[[Tensor], Any]) -> None:
+    weight = spread.Placeholder(torch.empty(4, 3, device="meta"))
+    with torch.no_grad(), pytest.raises(ConfigError, match="_ would change a weight, of which eac"):
+        change(weight)
+    assert not weight.requires_grad_(False).requires_grad
 
 
 def test_a_placeholder_is_not_pickled() -> None:
