@@ -39,6 +39,7 @@ from llamax.runtime.errors import (
 from llamax.runtime.process import wait_for_end
 from llamax.runtime.versions import installed
 
+EACH_NODE = ("precompile", "train")  # phases
 FORWARDED = (signal.SIGTERM, signal.SIGHUP)
 OTHER_NAMES = {"kubernetes": "k8s", "kubectl": "k8s", "eks": "k8s", "sbatch": "slurm"}
 MISSING = "{} is not installed here; install it, or print what would be run with --render"
@@ -63,10 +64,10 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(
             f"--action {what}: --phase cluster has {join_or(list(cluster_actions(launcher)))}"
         )
-    if options.node is not None and (launcher != "torchrun" or what != "start"):
+    if options.node is not None and not _on_each_node(launcher, phase, what):
         raise ConfigError(
-            f"--node={options.node} is for starting with --on torchrun, whose nodes each run their "
-            "own command; leave it out"
+            f"--node={options.node} is for starting {join_or(EACH_NODE)} with --on torchrun, whose "
+            "nodes each run their own command; leave it out"
         )
     job = jobfile.load(options.job)
     if options.node is not None and not 0 <= options.node < job.nodes:
@@ -114,6 +115,11 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(list(argv))
 
 
+def _on_each_node(launcher: str, phase: str, what: str) -> bool:
+    """Whether the nodes of a job each run the command; the other phases run on one of them."""
+    return launcher == "torchrun" and phase in EACH_NODE and what == "start"
+
+
 def _known(option: str, value: str, values: Sequence[str] | dict[str, tuple[str, ...]]) -> None:
     if value not in values:
         near = OTHER_NAMES.get(value.lower(), value)
@@ -122,10 +128,11 @@ def _known(option: str, value: str, values: Sequence[str] | dict[str, tuple[str,
 
 def _run(job: JobFile, launcher: str, phase: str, what: str, text: str, node: int | None) -> int:
     """Run a rendered text in this terminal; its exit code."""
-    if launcher == "torchrun" and what == "start" and job.nodes > 1 and node is None:
+    if _on_each_node(launcher, phase, what) and job.nodes > 1 and node is None:
+        others = f"others 1 to {job.nodes - 1}" if job.nodes > 2 else "other 1"
         raise ConfigError(
             f"--node is missing: {job.nodes} nodes each run this command with their own, 0 on "
-            f"{job.torchrun.master}, the others 1 to {job.nodes - 1}"
+            f"{job.torchrun.master}, the {others}"
         )
     if launcher == "sagemaker" and phase != "image" and what == "start":
         _check_sdk(sagemaker.sdk(job))

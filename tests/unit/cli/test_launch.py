@@ -66,8 +66,12 @@ def write(folder: Path, **changes: Any) -> str:
         (["--on", "torchrun", "--node", "4"], "--node=4 is out of range; use 0 to 3"),
         (["--on", "torchrun", "--node", "-1"], "--node=-1 is out of range; use 0 to 3"),
         (["--on", "torchrun", "--node", "4", "--render"], "--node=4 is out of range; use 0 to 3"),
-        (["--on", "k8s", "--node", "1"], "--node=1 is for starting with --on torchrun, whose"),
-        (["--on", "torchrun", "--action", "logs", "--node", "1"], "--node=1 is for starting with"),
+        (["--on", "k8s", "--node", "1"], "--node=1 is for starting precompile or train with"),
+        (
+            ["--on", "torchrun", "--phase", "prepare", "--node", "1"],
+            "--node=1 is for starting prec",
+        ),
+        (["--on", "torchrun", "--action", "logs", "--node", "1"], "--node=1 is for"),
         (["--on", "torchrun"], "--node is missing: 4 nodes each run this command with their own"),
     ],
 )
@@ -130,6 +134,15 @@ def test_the_program_ends_with_one_line_and_code_2(tmp_path: Path) -> None:
         f"llamax: {path}: storage.claim is empty; set it to the Persistent"
     )
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("phase", ["prepare", "tensorboard"])
+def test_a_phase_of_one_node_needs_no_number(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], phase: str
+) -> None:
+    job = write(tmp_path, nodes=4, storage={"mount": str(tmp_path / "none")})
+    assert main(["--job", job, "--on", "torchrun", "--phase", phase]) == 2
+    assert f"there is no folder {tmp_path}/none on this machine" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
