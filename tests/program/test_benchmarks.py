@@ -19,6 +19,10 @@ ONE_ROUND = ["--rounds", "1"]
 STARTS: dict[str, list[tuple[list[str], str]]] = {
     "axes.py": [
         (["zero", "--smallest", "--steps", "1", "--only", "llamax"], "| llamax, ZeRO-3 |"),
+        (
+            ["hybrid", "--smallest", "--steps", "1", "--only", "ZeRO-2"],
+            "| llamax, ZeRO-2 over 2 |",
+        ),
         (["pipeline", "--smallest", "--steps", "1", "--only", "llamax"], "| llamax, pipeline 2 |"),
         (["context-2", "--smallest", "--steps", "1", "--only", "ring"], "| ring, recompute full |"),
     ],
