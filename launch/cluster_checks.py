@@ -15,7 +15,8 @@ from llamax.launch.jobfile import JobFile
 FAMILIES = {"trn": "Trn", "inf": "Inf", "p": "P", "g": "G and VT"}  # of quotas, by instance type
 REGION = re.compile(r"[a-z]{2}(-[a-z]+)+-\d")
 ZONE = re.compile(r"[a-z]{2}(-[a-z]+)+-\d[a-z]")
-SUBNET = re.compile(r"subnet-[0-9a-f]+")
+SUBNET = re.compile(r"subnet-(?:[0-9a-f]{8}|[0-9a-f]{17})")
+DISK_GIB = 16384  # most of a gp3 volume
 WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._@-]{0,254}")
 STACK = re.compile(r"[a-zA-Z][a-zA-Z0-9-]{0,59}")
 
@@ -42,6 +43,10 @@ def problems(job: JobFile, launcher: str) -> Iterator[str]:
         yield (
             f"cluster.storage_gib={cluster.storage_gib} is no size of FSx for Lustre; use 1200 or "
             "a multiple of 2400"
+        )
+    if cluster.disk_gib > DISK_GIB:
+        yield (
+            f"cluster.disk_gib={cluster.disk_gib} is above the limit of EBS; use {DISK_GIB} or less"
         )
     if launcher == "k8s":
         if not _is_zone(cluster.second_zone, region) or cluster.second_zone == cluster.zone:

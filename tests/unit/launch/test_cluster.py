@@ -213,6 +213,15 @@ def test_clean_deletes_the_cluster(tmp_path: Path, launcher: str) -> None:
             "cluster.second_zone='us-east-1a' is no other zone of us-west-2",
         ),
         ("slurm", {"cluster__storage_gib": 3600}, "cluster.storage_gib=3600 is no size of FSx for"),
+        ("slurm", {"cluster__subnet": "subnet-1"}, "cluster.subnet='subnet-1' is no subnet; use"),
+        ("torchrun", {"cluster__ssh_from": "999.1.1.1/32"}, "cluster.ssh_from='999.1.1.1/32' is"),
+        ("torchrun", {"cluster__ssh_from": "1.2.3.4/33"}, "cluster.ssh_from='1.2.3.4/33' is no"),
+        ("torchrun", {"cluster__ssh_from": "1.2.3.4"}, "cluster.ssh_from='1.2.3.4' is no range"),
+        (
+            "k8s",
+            {"cluster__disk_gib": 16385},
+            "cluster.disk_gib=16385 is above the limit of EBS; use 16384 or less",
+        ),
         ("slurm", {"cluster__subnet": "default"}, "cluster.subnet='default' is no subnet; use one"),
         (
             "slurm",
