@@ -30,6 +30,7 @@ from llamax.parallel.rendezvous import FAMILIES, LOOPBACK
 from llamax.runtime import signals
 from llamax.runtime.errors import Interrupted, Stopped
 from llamax.runtime.process import run_main
+from llamax.runtime.text import print_text
 
 STOPPED = (Stopped.exit_code, Interrupted.exit_code)
 ENDING_S = 60.0  # for the ranks that are left after one has failed
@@ -100,14 +101,29 @@ def _run_rank(main: Main, variables: Mapping[str, str]) -> None:
 
 
 def wait_for(programs: Sequence[BaseProcess], ending_s: float = ENDING_S) -> int:
-    """Wait until all ranks have ended, or for ``ending_s`` after one has failed; the exit code."""
-    failed, limit_s = 0, float("inf")
+    """Wait until all ranks have ended, or for ``ending_s`` after one has failed; the exit code.
+
+    A line names the ranks that it waits for, after a tenth of that time.
+    """
+    failed, limit_s, silent = 0, float("inf"), True
     while None in [program.exitcode for program in programs] and time.monotonic() < limit_s:
         if failed := failed or _failure(programs):
             limit_s = min(limit_s, time.monotonic() + ending_s)
+        if silent and time.monotonic() > limit_s - 0.9 * ending_s:
+            silent = False
+            _tell_left(programs, limit_s - time.monotonic())
         time.sleep(POLL_S)
     stopped = [code for code in STOPPED if code in [program.exitcode for program in programs]]
     return failed or _failure(programs) or max(stopped, default=0)
+
+
+def _tell_left(programs: Sequence[BaseProcess], left_s: float) -> None:
+    """Say which ranks have not ended, and how long they may still take [s]."""
+    left = [str(rank) for rank, program in enumerate(programs) if program.exitcode is None]
+    if left:
+        ranks = f"rank {left[0]} has" if len(left) == 1 else f"ranks {', '.join(left)} have"
+        text = f"{ranks} not ended after another rank failed, and will be killed in {left_s:.0f} s"
+        print_text(f"llamax: {text}", sys.stderr)
 
 
 def _failure(programs: Sequence[BaseProcess]) -> int:

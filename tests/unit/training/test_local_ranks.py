@@ -62,13 +62,17 @@ def test_the_code_of_a_run_is_that_of_its_ranks(commands: list[str], code: int) 
             program.join()
 
 
-def test_the_first_rank_that_fails_gives_the_code() -> None:
+def test_the_first_rank_that_fails_gives_the_code(capsys: pytest.CaptureFixture[str]) -> None:
     first = started("exit 4")
     first.join()
-    waits = started("exec sleep 900")
-    assert wait_for([waits, first], ending_s=0.2) == 4
-    waits.kill()
-    waits.join()
+    waits, frozen = started("exec sleep 900"), started("kill -STOP $$")
+    assert wait_for([waits, first, frozen], ending_s=0.3) == 4
+    assert capsys.readouterr().err == (
+        "llamax: ranks 0, 2 have not ended after another rank failed, and will be killed in 0 s\n"
+    )
+    for program in (waits, frozen):
+        program.kill()
+        program.join()
 
 
 FORKING = r"""
