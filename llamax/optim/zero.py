@@ -49,7 +49,7 @@ No Python number that depends on the rank or the step enters a step: one graph s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ from llamax.config.constants import (
 from llamax.config.schema import OptimConfig
 from llamax.optim import adamw
 from llamax.optim.blockwise import bits_of
-from llamax.optim.buckets import segments, weight
+from llamax.optim.buckets import Segment, segments, weight
 from llamax.optim.clip import clip_factor, is_finite, sum_of_squares
 from llamax.optim.groups import Bucket, FlatBucket, Group, Key, Owned, split_like
 from llamax.optim.lazy import LazyGroup, lazy_group
@@ -107,35 +107,10 @@ class Zero:
         update: adamw.Update | None = None,
         lr_scale: Callable[[str], float] | None = None,
     ) -> None:
-        self.optim, self.axes, degree = optim, axes, parameters.degree
+        self.optim, self.axes = optim, axes
         self.update = update or adamw.update
         self.shard, self.replica = axes.owners(zero)
-        members: dict[Key, dict[str, Parameter]] = {}
-        seen: set[int] = set()  # tied weights are one parameter with two names
-        for name, (parameter, how) in parameters.trained().items():
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                assert isinstance(parameter, Parameter)
-                partial = isinstance(how, Replica) and (
-                    sequence_parallel if how.partial is None else how.partial
-                )
-                counts, tied = weight(how, degree), name in parameters.tied
-                stage = min(zero, 1) if isinstance(how, Replica) or self.shard.size == 1 else zero
-                if stage == 3 and name not in parameters.layers:
-                    stage = 2
-                key = Key(
-                    parameter.dtype,
-                    decays=parameter.dim() > 1,
-                    weight=counts and counts / (1 + tied),
-                    partial=partial and degree > 1,
-                    zero=stage,
-                    alone=name if stage == 3 else "",
-                    tied=tied,
-                    bits=bits_of(parameters, name) if optim.state_bits == 8 else 32,
-                    offload=optim.offload,
-                    lr_scale=lr_scale(name) if lr_scale else 1.0,
-                )
-                members.setdefault(key, {})[name] = parameter
+        members = self._members(parameters, sequence_parallel, zero, lr_scale)
         unsure = {name: parameters[name].tensor for name in undeclared}
         self.replicas = ReplicaCheck(unsure, axes, sequence_parallel)
         if not members:
@@ -150,19 +125,7 @@ class Zero:
         self.groups: list[Group | LazyGroup] = []
         sums: dict[str, GradientSum] = {}
         for key, named in members.items():
-            counted = [
-                segment._replace(weight=segment.weight / (1 + key.tied))
-                for name, parameter in named.items()
-                for segment in segments(
-                    parameter.shape, parameters[name].cut, degree, parameters.rank
-                )
-            ]
-            for found in {round(1 / segment.weight) for segment in counted if segment.shared}:
-                if found != axes.kv.size:
-                    raise ConfigError(
-                        f"{found} tensor ranks hold each key/value head, and axes.kv joins "
-                        f"{axes.kv.size}; give the mesh kv={found}"
-                    )
+            counted = self._counted(key, named, parameters)
             if key.zero == 3:
                 (weight_of,) = named.values()
                 layer = parameters.layers[key.alone]
@@ -184,6 +147,66 @@ class Zero:
             layer.gradient_sum = sums[name]
         if self.spread and axes.data.rank_index.device.type == "cpu":
             cpu.unmap_large_blocks()
+
+    def _members(
+        self,
+        parameters: ShardedParameters,
+        sequence_parallel: bool,
+        zero: int,
+        lr_scale: Callable[[str], float] | None,
+    ) -> dict[Key, dict[str, Parameter]]:
+        """The parameters to train by name, those together that are treated alike."""
+        members: dict[Key, dict[str, Parameter]] = {}
+        seen: set[int] = set()  # tied weights are one parameter with two names
+        degree, optim = parameters.degree, self.optim
+        for name, (parameter, how) in parameters.trained().items():
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            assert isinstance(parameter, Parameter)
+            partial = isinstance(how, Replica) and (
+                sequence_parallel if how.partial is None else how.partial
+            )
+            counts, tied = weight(how, degree), name in parameters.tied
+            stage = min(zero, 1) if isinstance(how, Replica) or self.shard.size == 1 else zero
+            if stage == 3 and name not in parameters.layers:
+                stage = 2
+            key = Key(
+                parameter.dtype,
+                decays=parameter.dim() > 1,
+                weight=counts and counts / (1 + tied),
+                partial=partial and degree > 1,
+                zero=stage,
+                alone=name if stage == 3 else "",
+                tied=tied,
+                bits=bits_of(parameters, name) if optim.state_bits == 8 else 32,
+                offload=optim.offload,
+                lr_scale=lr_scale(name) if lr_scale else 1.0,
+            )
+            members.setdefault(key, {})[name] = parameter
+        return members
+
+    def _counted(
+        self, key: Key, members: Mapping[str, Parameter], parameters: ShardedParameters
+    ) -> list[Segment]:
+        """How the norm counts the elements of a group's members, in flat order.
+
+        Raises ConfigError where ``axes.kv`` does not join the ranks that hold the same heads.
+        """
+        counted = [
+            segment._replace(weight=segment.weight / (1 + key.tied))
+            for name, parameter in members.items()
+            for segment in segments(
+                parameter.shape, parameters[name].cut, parameters.degree, parameters.rank
+            )
+        ]
+        for ranks in {round(1 / segment.weight) for segment in counted if segment.shared}:
+            if ranks != self.axes.kv.size:
+                raise ConfigError(
+                    f"{ranks} tensor ranks hold each key/value head, and axes.kv joins "
+                    f"{self.axes.kv.size}; give the mesh kv={ranks}"
+                )
+        return counted
 
     @property
     def spread(self) -> bool:
