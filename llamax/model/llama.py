@@ -20,7 +20,7 @@ transformers' LlamaForCausalLM.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 
@@ -37,6 +37,7 @@ from llamax.model.initial_weights import draw
 from llamax.model.recompute import Recompute
 from llamax.parallel import regions
 from llamax.parallel.collectives import Axis, Solo
+from llamax.parallel.context_parallel import Attend as Attend
 from llamax.parallel.cross_entropy import vocab_parallel_loss
 from llamax.parallel.pipeline import EMBEDDING, holds
 from llamax.parallel.sharding import Block as Rows
@@ -55,9 +56,6 @@ from llamax.runtime.errors import DataError
 
 # What a model may be held in, by its name in configurations.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# (q_BShE, k_BSkE, v_BSkE, layer) -> o_BShE.  Context parallelism and decoding replace this.
-Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
 class Norm(nn.Module):
@@ -237,6 +235,9 @@ class Llama(nn.Module):
     Raises ConfigError where there is no such model, or ``tp`` does not divide it.
     """
 
+    metric_names: tuple[str, ...] = ()  # of what a subclass' ``loss`` leaves, summed, to be logged
+    metric_sums: Mapping[str, Tensor]
+
     def __init__(
         self,
         model: ModelConfig,
@@ -361,10 +362,9 @@ class Llama(nn.Module):
         )
 
     def auxiliary_loss(self, layers: range) -> Tensor | None:
-        """A loss of the ``layers`` just computed that a step adds to ``loss``, 0-d; None: no such.
+        """What a step adds to ``loss`` for ``layers`` just computed, 0-d; for subclasses.
 
-        For subclasses, as for the router of a mixture of experts.  It is a sum over this rank's
-        tokens: with sequence parallelism over those of its activations, which a step then sums.
+        A sum over this rank's tokens: with sequence parallelism over those of its activations.
         """
         return None
 

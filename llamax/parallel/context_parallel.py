@@ -36,7 +36,8 @@ from llamax.config.types import ContextBy
 from llamax.parallel import regions
 from llamax.parallel.collectives import Axis
 
-# (q_BShE, k_BSkE, v_BSkE, layer) -> o_BShE, as in ``llamax.model.llama``
+# (q_BShE, k_BSkE, v_BSkE, layer) -> o_BShE: the attention of a model, which ``across`` and
+# decoding replace
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 

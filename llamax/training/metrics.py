@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 WHOLE = ("step", "consumed_tokens", "memory_bytes", "overflowed_steps", "rewinds")
 LONGEST_LINE = 2**20
 ANY_NUMBER = ("loss", "grad_norm", "validation_loss")
-SKIPPED = "skipped_samples"
+SKIPPED, OWN = "skipped_samples", "metrics"
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Record:
     overflowed_steps: int | None = None  # of the run so far, for a gradient that overflowed
     skipped_samples: list[int] | None = None  # of a step without an update: its global batch
     rewinds: int | None = None  # how often the run has gone back to a checkpoint, if ever
+    metrics: dict[str, float] | None = None  # of a program's own: means over the tokens
 
     def to_json(self) -> str:
         """One line of JSON without what is not known; repr keeps every bit of a float."""
@@ -88,6 +89,10 @@ class Record:
                 if not is_ids(value):
                     raise ValueError(f"{name} is not a list of sample ids")
                 continue
+            if name == OWN:
+                if not is_own(value):
+                    raise ValueError(f"{name} are not numbers by name")
+                continue
             kinds = (int,) if name in WHOLE else (int, float)
             if type(value) not in kinds or (name not in ANY_NUMBER and not 0 <= value < 2**63):
                 raise ValueError(f"{name} is not a number of a record")
@@ -98,6 +103,11 @@ class Record:
 def is_ids(value: Any) -> bool:
     """Whether ``value`` is a list of sample ids."""
     return type(value) is list and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
+def is_own(value: Any) -> bool:
+    """Whether ``value`` has numbers of a program's own, by name."""
+    return type(value) is dict and all(type(number) in (int, float) for number in value.values())
 
 
 # ---- the views
@@ -264,7 +274,7 @@ def tagged(record: Record) -> dict[str, float]:
         "overflowed_steps": record.overflowed_steps,
         "skipped": None if record.skipped_samples is None else 1.0,
     }
-    return {tag: value for tag, value in tags.items() if value is not None}
+    return {**(record.metrics or {}), **{t: v for t, v in tags.items() if v is not None}}
 
 
 class WandbWriter:

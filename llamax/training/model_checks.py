@@ -117,6 +117,19 @@ class SumCheck:
             )
 
 
+def metric_sums(model: Llama) -> list[Tensor]:
+    """The sums of a program's own numbers that ``loss`` has left; ConfigError for other ones."""
+    found = getattr(model, "metric_sums", {})
+    for name in model.metric_names:
+        value = found.get(name)
+        if not isinstance(value, Tensor) or value.dim():
+            raise ConfigError(
+                f"the loss of {type(model).__qualname__} leaves no 0-d tensor for {name!r} of "
+                f'metric_names; set self.metric_sums = {{"{name}": SUM_OVER_TOKENS}} in it'
+            )
+    return [found[name].detach().float() for name in model.metric_names]
+
+
 def check_auxiliary(model: Llama, found: Any) -> Tensor | None:
     """What an ``auxiliary_loss`` has returned, in float32; ConfigError if it is no 0-d tensor."""
     if found is None:

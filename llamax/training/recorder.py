@@ -95,6 +95,7 @@ class Recorder:
                 overflowed_steps=scale.overflowed_steps if scale else None,
                 skipped_samples=[*self.samples(result.number)] if skipped else None,
                 rewinds=self.rewinds or None,
+                metrics=dict(result.metrics) or None,
             )
 
         self.pending = record

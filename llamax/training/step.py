@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from llamax.checkpoint.plain_llama import own_names
 from llamax.config.rules.pipeline import splits
@@ -146,7 +147,8 @@ class TrainState:
         """
         device, micros = self.axes.data.rank_index.device, [*batches]
         scaling = self.loss_scale
-        sums = torch.zeros(2).to(device)  # sent, so that the first microstep is like the others
+        names = self.model.metric_names
+        sums = torch.zeros(2 + len(names)).to(device)  # sent: the first microstep is as the others
 
         def mean_of(total: Tensor) -> Tensor:
             mean = total / self.step_tokens
@@ -161,12 +163,13 @@ class TrainState:
                     total, count = self._loss(batch, keys_B, x_BsD, layers)
                     extra = self._auxiliary_loss(layers)
                     total = total if extra is None else total + extra
-                    sums = sums + torch.stack((total.detach(), count))
+                    own = model_checks.metric_sums(self.model)
+                    sums = sums + torch.stack((total.detach(), count, *own))
                     return mean_of(total)
                 y_BsD = self._hidden(batch, keys_B, x_BsD, layers)
                 if (extra := self._auxiliary_loss(layers)) is None:
                     return y_BsD
-                sums = sums + torch.stack((extra.detach(), torch.zeros_like(extra)))
+                sums = sums + pad(extra.detach()[None], (0, 1 + len(names)))
                 return with_loss(y_BsD, mean_of(extra))
 
         self._prefetch.begin("step")
@@ -183,7 +186,8 @@ class TrainState:
         accepts: list[Callable[[Tensor], Tensor]] = []
         if spikes is not None:
             numbers = torch.cat((numbers, _of_first(self.axes.world, spikes.bounds())))
-        total, count, requests, *bounds = self.axes.world.all_reduce(numbers)
+        total, count, *more = self.axes.world.all_reduce(numbers)
+        metrics, (requests, *bounds) = more[: len(names)], more[len(names) :]
         loss = total / count
         factor = self.step_tokens / count + (total - total)  # NaN, which cancels the update, or 0
         if scaling is not None:
@@ -192,6 +196,7 @@ class TrainState:
             accepts, updates = [partial(spikes.accepts, bounds, loss)], step - spikes.skipped
         grad_norm = self.optimizer.step(lr.squeeze(0), updates.squeeze(0), factor, *accepts)
         done = Step(number, loss, grad_norm, count, requests, self.backend, bounds)
+        done.metrics = {n: metric / count for n, metric in zip(names, metrics, strict=True)}
         if scaling is not None:
             scaling.update(grad_norm, count)
             done.loss_scale = scaling.tensors

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
@@ -47,6 +47,7 @@ class StepResult:
     ``save``: whether rank 0 wants a checkpoint, unknown where some rank wants to stop;
     ``loss_scale``: what the next step begins with, None where the loss is not scaled.  Above
     ``loss_bound`` and ``norm_bound`` a step is an outlier.  ``labels``: how many counted.
+    ``metrics``: means over tokens of a program's own numbers, by name.
     """
 
     number: int
@@ -59,6 +60,7 @@ class StepResult:
     loss_bound: float = LARGEST
     norm_bound: float = LARGEST
     labels: float = 1.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def skipped(self) -> bool:
@@ -96,6 +98,7 @@ class Step:
         self.loss, self.grad_norm, self.tokens, self.requests = loss, grad_norm, tokens, requests
         self.validation_loss: Tensor | None = None
         self.loss_scale: list[Tensor] = []  # that the next step begins with
+        self.metrics: dict[str, Tensor] = {}  # of a program's own
 
     @cached_property
     def result(self) -> StepResult:
@@ -106,10 +109,12 @@ class Step:
         """
         values = [self.loss, self.grad_norm, self.tokens, self.requests, *self.loss_scale]
         last = [] if self.validation_loss is None else [self.validation_loss]
-        fetched = self.device.fetch([*values, *self.bounds, *last])
+        fetched = self.device.fetch([*values, *self.bounds, *self.metrics.values(), *last])
         loss, grad_norm, labels, requests, *more = fetched
         scale, more = more[: len(self.loss_scale)], more[len(self.loss_scale) :]
-        bounds, validation = more[: len(self.bounds)], more[len(self.bounds) :]
+        bounds, more = more[: len(self.bounds)], more[len(self.bounds) :]
+        metrics = dict(zip(self.metrics, more, strict=False))
+        validation = more[len(metrics) :]
         loss_bound, norm_bound = bounds or (LARGEST, LARGEST)
         return StepResult(
             self.number,
@@ -122,4 +127,5 @@ class Step:
             loss_bound=loss_bound,
             norm_bound=norm_bound,
             labels=labels,
+            metrics=metrics,
         )

@@ -13,7 +13,7 @@ from pydantic_core import from_json
 
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import plain_file
-from llamax.training.metrics import ANY_NUMBER, SKIPPED, WHOLE, Record, is_ids
+from llamax.training.metrics import ANY_NUMBER, OWN, SKIPPED, WHOLE, Record, is_ids, is_own
 
 BLOCK_BYTES = 2**21
 NAN = float("nan")
@@ -23,6 +23,7 @@ OPTIONAL = {  # where a record has none
     "loss_scale": NAN,
     "overflowed_steps": NAN,
     SKIPPED: NAN,
+    OWN: NAN,
     "rewinds": NAN,
 }
 NAMES = frozenset(Record.__dataclass_fields__)
@@ -69,6 +70,8 @@ def _parse(lines: Sequence[bytes], names: Sequence[str]) -> dict[str, Numbers]:
         raise ValueError("not the fields of a record")
     if not all(is_ids(found[SKIPPED]) for found in values if SKIPPED in found):
         raise ValueError("not the samples of a skipped step")
+    if not all(is_own(found[OWN]) for found in values if OWN in found):
+        raise ValueError("not numbers of a program's own")
     columns = {}
     for name in names:
         if all(name in found for found in fields):

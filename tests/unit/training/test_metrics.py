@@ -41,6 +41,16 @@ def test_the_samples_of_a_skipped_step() -> None:
             Record.from_json(skipped.to_json().replace("[3, 0, 1099511627776]", samples))
 
 
+def test_numbers_of_a_programs_own() -> None:
+    own = replace(RECORD, metrics={"accuracy": 0.25, "loss": 7.0})
+    assert Record.from_json(own.to_json()) == own
+    assert "metrics" not in RECORD.to_json()
+    assert tagged(own) == {**tagged(RECORD), "accuracy": 0.25}, "no name of llamax's is taken"
+    for metrics in ("[0.5]", '{"accuracy": "0.25"}', "null", '{"accuracy": {}}'):
+        with pytest.raises(ValueError, match="metrics are not numbers by name"):
+            Record.from_json(own.to_json().replace('{"accuracy": 0.25, "loss": 7.0}', metrics))
+
+
 def test_the_log_holds_each_step_once_after_a_resume(tmp_path: Path) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
     first = JsonlWriter(path)

@@ -38,6 +38,7 @@ def many(count: int) -> list[Record]:
         more |= {"validation_loss": step / 7} if step % 31 == 0 else {}
         more |= {"mfu": 0.0} if step % 5 == 0 else {}
         more |= {"skipped_samples": [step, 2 * step]} if step % 37 == 0 else {}
+        more |= {"metrics": {"accuracy": step / 9}} if step % 41 == 0 else {}
         found.append(record(step, **more))
     return found
 
@@ -190,6 +191,14 @@ def test_samples_that_are_none_are_no_record(tmp_path: Path, samples: str) -> No
     path.write_text(f"{line}\n{line.replace('[7]', samples)}\n{line}\n")
     readers = [read_jsonl, lambda path: LiveLog(path).read(), lambda p: read_columns(p, ["loss"])]
     for reader in readers:
+        with pytest.raises(DataError, match=r"metrics\.jsonl:2: not a record"):
+            reader(path)
+
+
+def test_metrics_that_are_no_numbers_are_no_record(tmp_path: Path) -> None:
+    path, line = tmp_path / "metrics.jsonl", record(1, metrics={"accuracy": 0.5}).to_json()
+    path.write_text(f"{line}\n{line.replace('0.5', '[]')}\n{line}\n")
+    for reader in (read_jsonl, lambda p: LiveLog(p).read(), lambda p: read_columns(p, ["loss"])):
         with pytest.raises(DataError, match=r"metrics\.jsonl:2: not a record"):
             reader(path)
 
