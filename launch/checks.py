@@ -204,7 +204,10 @@ def _shared(job: JobFile) -> Iterator[str]:
         config = job.config
     except ConfigError:
         return  # reported by _run
-    for key, value in (("data.path", config.data.path), ("run.folder", config.run.folder)):
+    data = config.data.path
+    paths = data.split()[1::2] if BLEND.match(data) else [data]
+    named = [*(("data.path", path) for path in paths), ("run.folder", config.run.folder)]
+    for key, value in named:
         if not job.local and not inside(os.path.join(folder, value), mount):
             yield (
                 f"{key}={value} is not below storage.mount={mount}: each node would have a "

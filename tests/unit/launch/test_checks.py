@@ -113,6 +113,7 @@ def test_all_problems_are_reported_together() -> None:
             "one; use overrides run.folder=/fsx/run",
         ),
         ("slurm", {"overrides__data__path": "../../data"}, "data.path=../../data is not below"),
+        ("slurm", {"overrides__data__path": "0.7 /x/web 0.3 a"}, "data.path=/x/web is not below"),
         ("k8s", {"storage__claim": ""}, "storage.claim is empty; set it to the Persis"),
         ("k8s", {"storage__claim": "My_Claim"}, "storage.claim='My_Claim' is refused by Kuber"),
         ("k8s", {"storage__claim": "a..b"}, "storage.claim='a..b' is refused by Kubernetes; use"),
