@@ -131,7 +131,10 @@ def metric_sums(model: Llama) -> list[Tensor]:
 
 
 def check_auxiliary(model: Llama, found: Any) -> Tensor | None:
-    """What an ``auxiliary_loss`` has returned, in float32; ConfigError if it is no 0-d tensor."""
+    """What an ``auxiliary_loss`` has returned, in float32.
+
+    Raises ConfigError if it is no 0-d tensor with a gradient.
+    """
     if found is None:
         return None
     if not isinstance(found, Tensor) or found.dim():
@@ -139,6 +142,12 @@ def check_auxiliary(model: Llama, found: Any) -> Tensor | None:
         raise ConfigError(
             f"auxiliary_loss of {type(model).__qualname__} returns {what}; return a sum over this "
             "rank's tokens as a 0-d tensor, or None"
+        )
+    if not found.requires_grad:
+        raise ConfigError(
+            f"auxiliary_loss of {type(model).__qualname__} has no gradient; compute it from what "
+            "layers have made, without detach and, with run.backend=xla, without "
+            "run.recompute=full, or return None"
         )
     return found.float()
 

@@ -76,7 +76,12 @@ class Unsummed(Auxiliary):
         return self.penalty(layers).expand(2)
 
 
-KINDS = {kind.__name__: kind for kind in (Auxiliary, Added, Unsummed)}
+class Detached(Auxiliary):
+    def auxiliary_loss(self, layers: range) -> Any:
+        return self.penalty(layers).detach()
+
+
+KINDS = {kind.__name__: kind for kind in (Auxiliary, Added, Unsummed, Detached)}
 
 
 def stepped(at: Axes, mesh: Mesh, kind: str, options: dict[str, Any], run: dict[str, Any]) -> Any:
@@ -164,6 +169,7 @@ def test_an_auxiliary_loss_steps_as_on_one_rank(
             r"auxiliary_loss of Unsummed returns a tensor of \[2\]; return a sum over this rank's "
             "tokens as a 0-d tensor, or None",
         ),
+        (Mesh(dp=2), "Detached", {}, "auxiliary_loss of Detached has no gradient; compute it from"),
     ],
 )
 def test_a_part_of_a_loss_is_refused(
