@@ -6,8 +6,8 @@ tokens are left out: in a document they are text.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
-from itertools import groupby
 from typing import Any
 
 from llamax.data.tokenizer.cuts import TEKKEN_PATTERN, steps_of
@@ -102,9 +102,9 @@ def of_sentencepiece(model: SentencePieceModel, inline: Iterable[str]) -> dict[s
 
 def _is_ambiguous(pieces: list[tuple[str, float]]) -> bool:
     """Whether pieces that merges make have one score, other than runs of spaces."""
-    merged = sorted((score, text) for text, score in pieces if len(text) > 1)
-    groups = ([text for _, text in group] for _, group in groupby(merged, lambda piece: piece[0]))
-    return any(len(group) > 1 and any(set(text) != {"▁"} for text in group) for group in groups)
+    times = Counter(score for text, score in pieces if len(text) > 1)
+    merged = (text for text, score in pieces if len(text) > 1 and times[score] > 1)
+    return any(set(text) != {"▁"} for text in merged)
 
 
 def of_engine(settings: dict[str, Any]) -> dict[str, Any]:

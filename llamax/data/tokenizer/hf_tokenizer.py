@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
 EOS = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
+SPACE = re.compile(r"[\s:,]*")  # between the keys and values of JSON
 PLACES = ("whole", "inside", "rest")
 ENGINES = ("engine", "_engines")  # attributes that each process loads for itself
 
@@ -158,12 +159,12 @@ class HuggingFace:
 
     @without_gc()
     def speed_up(self) -> str:
-        settings = self._settings()
+        settings, model = self._settings()
         self._places = places_of(settings)
         words = list(settings["model"].get("vocab") or ())
         try:
-            sources = {"whole": _fast_settings(settings)}
-            del settings  # some hundred bytes for each token
+            sources = {"whole": _fast_settings(settings, model)}
+            del settings, model  # some hundred bytes for each token
             for place, text in self._places.settings.items():
                 sources[place] = _fast_settings(json.loads(text))
         except Unsupported as error:
@@ -188,16 +189,23 @@ class HuggingFace:
 
     @cached_property
     def _places(self) -> Places:
-        return places_of(self._settings())
+        return places_of(self._settings()[0])
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> tuple[dict[str, Any], str]:
         """The settings of the engine as ``to_str`` gives them, in a quarter of its time.
 
-        The vocabulary and the merges are those of the file.
+        The vocabulary and the merges are those of the file; beside the settings is the text of
+        ``model`` there, which takes longer to write than to read; empty if it does not say its
+        type.
         """
-        given, engine = json.loads(self._raw.decode()), self.engine
+        given, engine = dict[str, Any](), self.engine
+        texts = dict[str, str]()
+        for key, value, text in members(self._raw.decode()):
+            given[key], texts[key] = value, text
+        kind = type(engine.model).__name__
+        model = texts["model"] if given["model"].get("type") == kind else ""
         names = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-        return {
+        settings = {
             **given,
             "truncation": None,
             "padding": None,
@@ -207,8 +215,9 @@ class HuggingFace:
             ],
             "normalizer": _state(engine.normalizer),
             "pre_tokenizer": _state(engine.pre_tokenizer),
-            "model": {**given["model"], "type": type(engine.model).__name__},
+            "model": {**given["model"], "type": kind},
         }
+        return settings, model
 
 
 def _state(step: Any) -> Any:
@@ -244,10 +253,30 @@ def places_of(settings: dict[str, Any]) -> Places:
     return Places(compiled(cuts), changed)
 
 
-def _fast_settings(settings: dict[str, Any]) -> tuple[str, bool]:
+def members(text: str) -> Iterator[tuple[str, Any, str]]:
+    """The keys and values of a JSON object that is sound, and the text of each value."""
+
+    def read(at: int) -> tuple[Any, int, int]:
+        """The value after a place, its end and its begin."""
+        between = SPACE.match(text, at)
+        assert between is not None
+        return *json.JSONDecoder().raw_decode(text, between.end()), between.end()
+
+    at = text.index("{") + 1
+    while SPACE.fullmatch(text, at, text.rindex("}")) is None:
+        key, at, _ = read(at)
+        value, at, start = read(at)
+        yield key, value, text[start:at]
+
+
+def _fast_settings(settings: dict[str, Any], model: str = "") -> tuple[str, bool]:
     """The text of a tokenizer.json for the fast engine, and whether it splits text by classes.
 
-    Raises Unsupported.
+    ``model``: the text of that setting, if it is known.  Raises Unsupported.
     """
     found = of_engine(settings)
-    return json.dumps(found, ensure_ascii=False), not found["model"].get("byte_fallback")
+    by_class = not found["model"].get("byte_fallback")
+    if model:
+        rest = {key: value for key, value in found.items() if key != "model"}
+        return f'{json.dumps(rest, ensure_ascii=False)[:-1]}, "model": {model}}}', by_class
+    return json.dumps(found, ensure_ascii=False), by_class

@@ -15,6 +15,7 @@ from pathlib import Path
 from llamax.runtime.json_reader import read_object
 
 BPE = 2
+SCORE = struct.Struct("<f")
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
@@ -41,22 +42,19 @@ class SentencePieceModel:
         pieces: list[tuple[str, float, int]] = []
         trainer: dict[int, int | bytes] = {}
         normalizer: dict[int, int | bytes] = {}
-        for number, value in _fields(raw):
+        at = _read_usual(raw, 0, pieces)
+        while at < len(raw):
+            number, value, at = _field(raw, at)
             if not isinstance(value, bytes):
                 continue
             if number == 1:
-                end = value[1] + 2 if len(value) > 1 else 0
-                if len(value) == end + 5 and end < 130 and value[0] == 10 and value[end] == 0x15:
-                    # the usual piece, read at once: field 1, its text, and field 2, its score
-                    score = struct.unpack_from("<f", value, end + 1)[0]
-                    pieces.append((value[2:end].decode(), score, NORMAL))
-                    continue
                 piece = dict(_fields(value))
                 text, raw_score = piece.get(1, b""), piece.get(2, bytes(4))
                 if not (isinstance(text, bytes) and isinstance(raw_score, bytes)):
                     raise ValueError("a piece without text")
                 kind = int(piece.get(3, NORMAL))
                 pieces.append((text.decode(), struct.unpack("<f", raw_score)[0], kind))
+                at = _read_usual(raw, at, pieces)
             elif number == 2:
                 trainer.update(_fields(value))
             elif number == 3:
@@ -95,26 +93,42 @@ def extends(engine_file: Path, model_file: Path) -> bool:
         return False  # load_tokenizer reports a damaged file
 
 
+def _read_usual(raw: bytes, at: int, pieces: list[tuple[str, float, int]]) -> int:
+    """Read pieces of a short text and a score alone, as most are, up to another one; its place."""
+    last = len(raw) - 9  # bytes of such a piece without its text
+    while at <= last and raw[at] == raw[at + 2] == 10 and (size := raw[at + 3]) < 121:
+        end = at + 4 + size
+        if raw[at + 1] != size + 7 or end > last + 4 or raw[end] != 0x15:
+            break
+        pieces.append((raw[at + 4 : end].decode(), SCORE.unpack_from(raw, end + 1)[0], NORMAL))
+        at = end + 5
+    return at
+
+
 def _fields(raw: bytes) -> Iterator[tuple[int, int | bytes]]:
     """(field number, value) of a message: an int for a varint, the bytes for anything else."""
     at = 0
     while at < len(raw):
-        key, at = _varint(raw, at)
-        wire = key & 7
-        if wire == 0:
-            value, at = _varint(raw, at)
-            yield key >> 3, value
-            continue
-        if wire == 2:
-            size, at = _varint(raw, at)
-        elif wire in (1, 5):
-            size = 8 if wire == 1 else 4
-        else:
-            raise ValueError(f"wire type {wire}")
-        if at + size > len(raw):
-            raise ValueError("cut short")
-        yield key >> 3, raw[at : at + size]
-        at += size
+        number, value, at = _field(raw, at)
+        yield number, value
+
+
+def _field(raw: bytes, at: int) -> tuple[int, int | bytes, int]:
+    """Number and value of the field at a place of a message, and where it ends."""
+    key, at = _varint(raw, at)
+    wire = key & 7
+    if wire == 0:
+        value, at = _varint(raw, at)
+        return key >> 3, value, at
+    if wire == 2:
+        size, at = _varint(raw, at)
+    elif wire in (1, 5):
+        size = 8 if wire == 1 else 4
+    else:
+        raise ValueError(f"wire type {wire}")
+    if at + size > len(raw):
+        raise ValueError("cut short")
+    return key >> 3, raw[at : at + size], at + size
 
 
 def _varint(raw: bytes, at: int) -> tuple[int, int]:
