@@ -41,8 +41,9 @@ from llamax.model.llama import DTYPES, Llama
 from llamax.model.qlora import Shapes, expected, store_weights, stores
 from llamax.parallel.collectives import Axes, Axis, Solo
 from llamax.parallel.pipeline import layers_of
+from llamax.parallel.placeholder import make_weights
 from llamax.parallel.sharding import ShardedParameters
-from llamax.parallel.spread import SpreadWeight, Store, make_weights
+from llamax.parallel.spread import SpreadWeight, Store
 from llamax.parallel.tensor_parallel import ColumnLinear, RowLinear
 from llamax.runtime.errors import CheckpointError, ConfigError
 from llamax.runtime.hub_name import hub_name

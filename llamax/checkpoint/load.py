@@ -20,8 +20,8 @@ from torch import Tensor
 
 from llamax.checkpoint.owned_runs import slices
 from llamax.checkpoint.source import Source
+from llamax.parallel.placeholder import set_values
 from llamax.parallel.sharding import ShardedParameters, whole_shape
-from llamax.parallel.spread import set_values
 from llamax.runtime.errors import CheckpointError
 
 

@@ -15,8 +15,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from llamax.parallel.placeholder import set_values
 from llamax.parallel.sharding import Replica, ShardedParameters, Span, cut, span
-from llamax.parallel.spread import set_values
 
 BLOCK = 16  # elements that torch makes of its stream together
 AT_ONCE = 2**20  # elements drawn together, about

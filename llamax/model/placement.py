@@ -7,7 +7,8 @@ import torch
 from llamax.backends.transfer import move_parameter, moved
 from llamax.model.llama import Llama
 from llamax.model.qlora import stores
-from llamax.parallel.spread import Placeholder, spread_weights
+from llamax.parallel.placeholder import Placeholder
+from llamax.parallel.spread import spread_weights
 
 
 def move_model(model: Llama, device: torch.device) -> None:

@@ -23,9 +23,10 @@ from torch.nn import Parameter
 from llamax.optim.buckets import Segment
 from llamax.optim.groups import Group, Key
 from llamax.parallel.collectives import Axes, Axis
+from llamax.parallel.placeholder import Placeholder
 from llamax.parallel.reductions import Reductions
 from llamax.parallel.sharding import Storing
-from llamax.parallel.spread import Placeholder, SpreadWeight
+from llamax.parallel.spread import SpreadWeight
 
 
 class ReducedGroup(Group):

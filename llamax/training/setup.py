@@ -30,8 +30,8 @@ from llamax.model.llama import DTYPES, Llama
 from llamax.model.lora import num_parameters
 from llamax.optim.loss_scale import LossScaleState
 from llamax.parallel.collectives import Axes
+from llamax.parallel.placeholder import Placeholder
 from llamax.parallel.sharding import ShardedParameters
-from llamax.parallel.spread import Placeholder
 from llamax.runtime.errors import CheckpointError, DataError
 from llamax.runtime.logging import logger, shows_bars
 from llamax.runtime.progress import reported

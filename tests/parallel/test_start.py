@@ -35,9 +35,10 @@ from llamax.model.llama import DTYPES, Llama
 from llamax.optim.groups import Group
 from llamax.parallel.collectives import Axes
 from llamax.parallel.mesh import Mesh
+from llamax.parallel.placeholder import Placeholder, set_values
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.parallel.sharding import Block, Shard, ShardedParameter, ShardedParameters
-from llamax.parallel.spread import Placeholder, set_values, spread_weights
+from llamax.parallel.spread import spread_weights
 from llamax.runtime.errors import ConfigError
 from llamax.tools.plan.memory import memory
 from llamax.tools.plan.state import early_gradients, state

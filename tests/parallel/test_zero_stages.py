@@ -38,9 +38,9 @@ from llamax.model.llama import FeedForward, Llama
 from llamax.model.lora_linear import FrozenLinear
 from llamax.model.recompute import Recompute
 from llamax.optim.zero import Zero
-from llamax.parallel import spread
 from llamax.parallel.collectives import Axes, Meter, Metered
 from llamax.parallel.mesh import Mesh
+from llamax.parallel.placeholder import Placeholder
 from llamax.parallel.sharding import Block, Shard, ShardedParameter, ShardedParameters
 from llamax.runtime.errors import ConfigError
 
@@ -216,7 +216,7 @@ def test_a_weight_without_values_is_not_computed_with(worlds: Worlds) -> None:
     ],
 )
 def test_nothing_is_computed_from_a_placeholder(use: Callable[[Tensor], Any]) -> None:
-    weight = spread.Placeholder(torch.empty(4, 3, device="meta"))
+    weight = Placeholder(torch.empty(4, 3, device="meta"))
     assert (weight.shape, weight.dtype, weight.numel()) == ((4, 3), torch.float32, 12)
     with pytest.raises(ConfigError, match="reads a weight, of which each data rank keeps a run"):
         use(weight)
@@ -236,14 +236,14 @@ def test_nothing_is_computed_from_a_placeholder(use: Callable[[Tensor], Any]) ->
     ],
 )
 def test_a_placeholder_is_not_changed(change: Callable[[Tensor], Any]) -> None:
-    weight = spread.Placeholder(torch.empty(4, 3, device="meta"))
+    weight = Placeholder(torch.empty(4, 3, device="meta"))
     with torch.no_grad(), pytest.raises(ConfigError, match="_ would change a weight, of which eac"):
         change(weight)
     assert not weight.requires_grad_(False).requires_grad
 
 
 def test_a_placeholder_is_not_pickled() -> None:
-    weight = spread.Placeholder(torch.empty(4, 3, device="meta"))
+    weight = Placeholder(torch.empty(4, 3, device="meta"))
     with pytest.raises(ConfigError, match="a weight cannot be pickled, because each data rank ke"):
         pickle.dumps({"weight": weight})
 

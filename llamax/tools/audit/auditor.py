@@ -28,8 +28,9 @@ from llamax.model.lora import num_parameters
 from llamax.model.qlora import held
 from llamax.parallel.mesh import EDGES, Coordinate, Groups, Mesh
 from llamax.parallel.pipeline import in_flight
+from llamax.parallel.placeholder import Placeholder
 from llamax.parallel.rendezvous import rendezvous
-from llamax.parallel.spread import Placeholder, spread_weights
+from llamax.parallel.spread import spread_weights
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.progress import reported
 from llamax.runtime.units import count, show_number

@@ -22,8 +22,8 @@ from llamax.inference.static_decoding import StaticDecoder, buckets, programs
 from llamax.model.placement import move_model
 from llamax.model.qlora import held
 from llamax.parallel.mesh import Mesh
+from llamax.parallel.placeholder import Placeholder
 from llamax.parallel.rendezvous import rendezvous
-from llamax.parallel.spread import Placeholder
 from llamax.runtime.progress import reported, tracked
 from llamax.runtime.units import count, show_number
 from llamax.tools.audit import census, hlo
