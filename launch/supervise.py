@@ -23,6 +23,7 @@ Standard library and ``llamax.runtime`` only.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import signal
 import socket
@@ -40,6 +41,7 @@ from llamax.runtime.process import NO_PROCESS, process_state, wait_for_end
 from llamax.runtime.text import print_text
 
 ASKS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+HANDLED = (*ASKS, signal.SIGUSR2)
 WAIT_S = 180.0  # for keepers of other machines, of which only the files are seen
 PR_SET_PDEATHSIG = 1
 BEGAN, ENDED = "began", "ended"  # in the report of a keeper, with its start or its exit code
@@ -145,7 +147,7 @@ def supervise(folder: Path, command: Sequence[str], group: bool) -> int:
 
     ``group``: signals go to the group of processes of ``command``, not to its first alone.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, [*ASKS, signal.SIGUSR2])
+    signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
     _end_with_parent()
     parent = os.getpid()
     keeper = os.fork()
@@ -173,43 +175,37 @@ def keep(folder: Path, command: Sequence[str], parent: int, group: bool) -> int:
     report = folder / f"{socket.gethostname()}-{os.getpid()}.process"
     make_folder(folder)
     write_atomic(report, f"{BEGAN} {process_state(os.getpid())[1]}".encode())
-    child: list[subprocess.Popen[bytes]] = []
-    asked: list[int] = []
-
-    def ask(number: int) -> None:
-        again = number == signal.SIGUSR2
-        if child and (not asked or again):
-            send = signal.SIGINT if again else signal.SIGTERM
-            with suppress(ProcessLookupError):
-                os.killpg(child[0].pid, send) if group else child[0].send_signal(send)
-        asked.append(number)
-
-    _handle(ask)
     _end_with_parent()
     if os.getppid() != parent:
         return Stopped.exit_code
     pipe = subprocess.PIPE
-    child.append(
-        subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=pipe,
-            stderr=pipe,
-            start_new_session=True,
-            preexec_fn=_end_with_parent,
-        )
+    child = subprocess.Popen(  # signals are blocked until it exists
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=pipe,
+        stderr=pipe,
+        start_new_session=True,
+        preexec_fn=_begin,
     )
-    if asked:
-        child[0].send_signal(signal.SIGTERM)
+    asked = itertools.count()
+
+    def ask(number: int) -> None:
+        first, again = next(asked) == 0, number == signal.SIGUSR2  # a second one may come in here
+        if first or again:
+            send = signal.SIGINT if again else signal.SIGTERM
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, send) if group else child.send_signal(send)
+
+    _handle(ask)
     relays = [
         threading.Thread(target=relay, args=(source.fileno(), to, report.with_suffix(".log")))
-        for source, to in ((child[0].stdout, 1), (child[0].stderr, 2))
+        for source, to in ((child.stdout, 1), (child.stderr, 2))
         if source
     ]
     for thread in relays:
         thread.daemon = True
         thread.start()
-    code = wait_for_end(child[0].poll)
+    code = wait_for_end(child.poll)
     for thread in relays:
         thread.join(5)  # a process that outlives its parent may hold the pipe
     code = code if code >= 0 else 128 - code
@@ -230,9 +226,15 @@ def relay(source: int, target: int, lost: Path) -> None:
 
 def _handle(handler: Callable[[int], None]) -> None:
     """Handle the signals from now on, those that came before included."""
-    for number in (*ASKS, signal.SIGUSR2):
+    for number in HANDLED:
         signal.signal(number, lambda number, frame: handler(number))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [*ASKS, signal.SIGUSR2])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+
+
+def _begin() -> None:
+    """What the process of a keeper does before it becomes the command."""
+    _end_with_parent()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
 
 
 def _end_with_parent() -> None:

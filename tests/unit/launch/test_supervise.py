@@ -69,6 +69,40 @@ def test_no_wait_delays_a_signal(tmp_path: Path, role: str) -> None:
     assert (done.returncode, done.stderr) == (7, "")
 
 
+# Runs the keeper where a second signal comes in while it passes the first one on.
+TWO_AT_ONCE = """
+import os, signal, subprocess, sys, time
+from llamax.launch.supervise import main
+def twice(original):
+    def send(*arguments):
+        if not os.path.exists("twice") and os.getpid() != own:
+            open("twice", "w").close()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)  # the process has handled what it got
+        original(*arguments)
+    return send
+own = os.getpid()
+os.killpg = twice(os.killpg)
+subprocess.Popen.send_signal = twice(subprocess.Popen.send_signal)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("role", ["rank", "node"])
+def test_two_signals_at_once_are_one_to_the_process(tmp_path: Path, role: str) -> None:
+    (tmp_path / "rank.py").write_text(RANK)
+    command = [sys.executable, "-c", TWO_AT_ONCE, role, "processes", sys.executable, "rank.py"]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True)
+    while not (tmp_path / "ready").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.terminate()
+    assert process.communicate(timeout=300) == ("step 1\n", "saved it\n")
+    assert (tmp_path / "twice").exists()
+    assert (tmp_path / "saved").exists()
+
+
 @pytest.fixture(params=["rank", "node"])
 def run(tmp_path: Path, request: pytest.FixtureRequest) -> subprocess.Popen[str]:
     (tmp_path / "mpirun.py").write_text(MPIRUN)
@@ -77,7 +111,8 @@ def run(tmp_path: Path, request: pytest.FixtureRequest) -> subprocess.Popen[str]
     command = [*SUPERVISE, "start", "processes", sys.executable, "mpirun.py", *inner]
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True)
-    while not ((tmp_path / "ready").exists() and (tmp_path / "started").read_text()):
+    ready, started = tmp_path / "ready", tmp_path / "started"
+    while not (ready.exists() and started.exists() and started.read_text()):
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     return process

@@ -77,7 +77,8 @@ def test_jobs_pull_before_training_and_fill_in_precompile(launcher: str) -> None
         assert "llamax cache pull '--place=s3://bucket/it'\"'\"'s here' || " in train
         assert "cache fill" not in train
         assert "cache pull" not in precompile
-        assert precompile.count("llamax cache fill ") == precompile.count("neuron_parallel_compile")
+        runs = precompile.count("neuron_parallel_compile torchrun ")
+        assert precompile.count("llamax cache fill ") == runs
         assert " -- neuron_parallel_compile torchrun " in precompile
         plain = render(job(nodes=nodes), launcher, "train")
         assert "llamax cache" not in plain
