@@ -221,7 +221,10 @@ def test_a_script_without_a_guard_starts_ranks(data: Path, tmp_path: Path) -> No
     done = subprocess.run(
         [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    script.write_text("import llamax\nprint(llamax.train('run.toml', run={'folder': 'b'}).loss)\n")
+    script.write_text(
+        "import llamax, os\nloss = llamax.train('run.toml', run={'folder': 'b'}).loss\n"
+        "os.write(1, f'{loss}\\n'.encode())\n"  # in one piece: two ranks write
+    )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     same = subprocess.run(
         [*launcher, script], cwd=tmp_path, capture_output=True, text=True, check=True

@@ -136,9 +136,9 @@ def quantized(folder: Path) -> None:
     hf(folder)
     name = "model.layers.0.self_attn.q_proj.weight"
     state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [24, 24]}
-    path = folder / "model-00001-of-00002.safetensors"
-    tensors = {n: t for n, t in load_file(path).items() if n != name}
-    tensors |= {
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    path = folder / index["weight_map"][name]
+    tensors = load_file(path) | {
         name: torch.zeros(288, 1, dtype=torch.uint8),
         f"{name}.absmax": torch.ones(9),
         f"{name}.quant_map": torch.linspace(-1, 1, 16),
@@ -147,7 +147,6 @@ def quantized(folder: Path) -> None:
         ),
     }
     save_file(tensors, path, {"format": "pt"})
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
     index["weight_map"] |= dict.fromkeys(tensors, path.name)
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config = json.loads((folder / "config.json").read_text())

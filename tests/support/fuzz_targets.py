@@ -184,7 +184,7 @@ TARGETS = [
     Target(
         "weights in 4 bits",
         models.quantized,
-        {"*.json": J, "model-00001*": B},
+        {"*.json": J, "model-00002*": B},
         models.read_hf,
     ),
     Target(
