@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import LLAMA2
-from support.step_reference import GLOBAL_BATCH, OPTIM, SEQUENCE, share
+from support.step_reference import GLOBAL_BATCH, OPTIM, SEQUENCE, share, whole_weights
 from support.world import WorldError, Worlds, axes
 from torch import Tensor, nn
 
@@ -22,7 +22,6 @@ from llamax.model.initial_weights import generator
 from llamax.model.llama import FeedForward, Llama
 from llamax.parallel.collectives import Axes
 from llamax.parallel.mesh import Mesh
-from llamax.parallel.sharding import join
 from llamax.training.resolve import resolve
 from llamax.training.step import TrainState
 
@@ -133,12 +132,7 @@ def test_an_auxiliary_loss_steps_as_on_one_rank(
         assert one["norm"] == pytest.approx(whole["norm"], rel=1e-5)
     if "zero" in options:
         return  # weights lie in runs; the loss of the second step shows them
-    found: dict[str, Tensor] = {}
-    for stage in range(mesh.pp):
-        ranks = mesh.groups("tp")[stage * mesh.dp * mesh.cp]
-        parts = [results[rank] for rank in ranks]
-        for name, how in parts[0]["cuts"].items():
-            found[name] = join([part["weights"][name] for part in parts], how)
+    found = whole_weights(mesh, results)
     assert found.keys() == whole["weights"].keys()
     for name, weight in whole["weights"].items():
         assert torch.allclose(found[name], weight, rtol=1e-5, atol=1e-6), name

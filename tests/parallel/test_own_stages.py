@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.models import LLAMA2
 from support.own_modules import CentredNorm, Gated, LogitScale
-from support.step_reference import GLOBAL_BATCH, OPTIM, SEQUENCE, share
+from support.step_reference import GLOBAL_BATCH, OPTIM, SEQUENCE, share, whole_weights
 from support.world import WorldError, Worlds, axes
 from torch import Tensor, nn
 
@@ -22,7 +22,6 @@ from llamax.model.causal import Causal
 from llamax.model.llama import Llama
 from llamax.parallel.collectives import Axes
 from llamax.parallel.mesh import Mesh, Seat
-from llamax.parallel.sharding import join
 from llamax.runtime.errors import ConfigError
 from llamax.training.model_checks import check_stage
 from llamax.training.resolve import resolve
@@ -181,12 +180,7 @@ def test_own_modules_in_stages_step_as_the_whole(
 ) -> None:
     whole = stepped(Axes.solo(), Mesh(), "Staged", False, 1, 1)
     results = worlds(mesh.world_size).run(on_mesh, mesh, "Staged", mesh.tp > 1, chunks, micros)
-    found: dict[str, Tensor] = {}
-    for stage in range(mesh.pp):
-        ranks = mesh.groups("tp")[stage * mesh.dp * mesh.cp]
-        parts = [results[rank] for rank in ranks]
-        for name, how in parts[0]["cuts"].items():
-            found[name] = join([part["weights"][name] for part in parts], how)
+    found = whole_weights(mesh, results)
     assert found.keys() == whole["weights"].keys()
     for one in results:
         assert one["loss"] == pytest.approx(whole["loss"], rel=1e-6)

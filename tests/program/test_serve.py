@@ -13,8 +13,8 @@ import openai
 import pytest
 import torch
 import transformers
-from support.served import Server, served
-from support.served_models import ADAPTERS, make_served, metric, post
+from support.served import Server
+from support.served_models import ADAPTERS, client_of, make_served, metric, post, serving
 
 import llamax
 
@@ -36,16 +36,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
-    adapters = [f"--adapter={name}={folder / name}" for name in ADAPTERS]
-    with served(folder / "hub", *adapters, "--slots=5", "--max-body=4KiB", "--queue=64") as server:
+    with serving(folder) as server:
         yield server
-        assert server.process.poll() is None, server.log
-        assert "Traceback" not in server.log
 
 
 @pytest.fixture
 def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    return client_of(server)
 
 
 @pytest.fixture(scope="module")

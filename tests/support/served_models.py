@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import openai
@@ -13,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 
 from support.instruction import llama2_tokenizer
 from support.models import DECIDED
-from support.served import Server
+from support.served import Server, served
 
 TEMPLATE = (
     "{% for message in messages %}{{ bos_token if loop.first else '' }}"
@@ -38,6 +40,20 @@ def make_served(folder: Path) -> None:
             if "lora_B" in parameter_name:
                 torch.nn.init.normal_(parameter, std=0.5)
         tuned.save_pretrained(folder / name)
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Server]:
+    """A server of the models of ``make_served``, in front of which nothing may go wrong."""
+    adapters = [f"--adapter={name}={folder / name}" for name in ADAPTERS]
+    with served(folder / "hub", *adapters, "--slots=5", "--max-body=4KiB", "--queue=64") as server:
+        yield server
+        assert server.process.poll() is None, server.log
+        assert "Traceback" not in server.log
+
+
+def client_of(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
 def post(server: Server, path: str, body: bytes) -> tuple[int, bytes]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -64,6 +64,17 @@ def part_of(whole: Batch, axes: Axes) -> Batch:
     if documents is not None:
         documents = context_parallel.in_rank_order(documents, size)
     return Batch(ids, labels, positions, documents)
+
+
+def whole_weights(mesh: Mesh, results: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Weights joined from what each rank returned: its "weights" and their "cuts", by name."""
+    found: dict[str, Tensor] = {}
+    for stage in range(mesh.pp):
+        ranks = mesh.groups("tp")[stage * mesh.dp * mesh.cp]
+        parts = [results[rank] for rank in ranks]
+        for name, how in parts[0]["cuts"].items():
+            found[name] = sharding.join([part["weights"][name] for part in parts], how)
+    return found
 
 
 def loss(llama: Llama, micro: Batch, axes: Axes) -> Tensor:

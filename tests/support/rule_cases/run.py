@@ -2,19 +2,7 @@
 
 from __future__ import annotations
 
-from support.rule_cases.case import Cases
-
-LORA = {"finetune.method": "lora", "checkpoint.init_from": "base"}
-
-BLOCKS = {
-    "optim.state_bits": 8,
-    "parallel.tensor": 2,
-    "model.hidden_size": 64,
-    "model.intermediate_size": 512,
-    "model.num_attention_heads": 8,
-    "model.num_key_value_heads": 2,
-    "model.head_dim": 64,
-}
+from support.rule_cases.case import BLOCKS, LORA, Cases
 
 THIN = {
     "model.num_attention_heads": 64,

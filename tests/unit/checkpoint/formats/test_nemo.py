@@ -174,7 +174,7 @@ def spoil(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def damaged(folder: Path, damage: str) -> str:
-    """Damage the second tensor rank of a folder; what is told."""
+    """Damage a tensor rank of a folder; returns the pattern of the error that importing raises."""
     first, second = (folder / f"mp_rank_0{rank}" / "model_weights.ckpt" for rank in range(2))
     embedding = "model.language_model.embedding.word_embeddings.weight"
     layer = "model.language_model.encoder.layers.0."
