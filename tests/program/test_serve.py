@@ -157,6 +157,60 @@ def test_logprobs_are_those_of_transformers(client: openai.OpenAI, folder: Path)
     assert logprobs.token_logprobs == pytest.approx(expected, abs=1e-4)
 
 
+def test_tokens_join_to_the_text_and_their_offsets_go_on_in_a_stream(
+    client: openai.OpenAI, answers: Any
+) -> None:
+    wish: dict[str, Any] = {"temperature": 0, "max_tokens": 24, "logprobs": 2}
+    for (name, prompt), text in answers.items():
+        reply = client.completions.create(model=name, prompt=prompt, **wish)
+        whole = reply.choices[0].logprobs
+        assert whole is not None
+        assert whole.tokens is not None
+        assert "\ufffd" in text or "".join(whole.tokens) == text
+        ends = [sum(map(len, whole.tokens[:i])) for i in range(len(whole.tokens))]
+        assert whole.text_offset == ends
+        pieces = client.completions.create(model=name, prompt=prompt, stream=True, **wish)
+        logprobs = [piece.choices[0].logprobs for piece in pieces]
+        assert [at for each in logprobs if each for at in each.text_offset or ()] == ends
+
+
+def test_bytes_of_tokens_join_to_the_message(client: openai.OpenAI) -> None:
+    for name in ("hub", *ADAPTERS):
+        choice = client.chat.completions.create(
+            model=name,
+            messages=[{"role": "user", "content": "Hi"}],
+            temperature=0,
+            max_tokens=24,
+            logprobs=True,
+        ).choices[0]
+        assert choice.logprobs is not None
+        entries = choice.logprobs.content or ()
+        joined = bytes(byte for entry in entries for byte in entry.bytes or ())
+        assert joined.decode(errors="replace") == choice.message.content
+
+
+def test_a_client_sends_the_message_of_an_answer_back(client: openai.OpenAI) -> None:
+    """As a conversation goes on: clients add what they got, with the fields that are null."""
+    messages: Any = [{"role": "user", "content": "Hi"}]
+    ask: dict[str, Any] = {"model": "hub", "temperature": 0, "max_tokens": 5}
+    message = client.chat.completions.create(messages=messages, **ask).choices[0].message
+    again = {"role": "user", "content": "And?"}
+    plain = [*messages, {"role": "assistant", "content": message.content}, again]
+    expected = client.chat.completions.create(messages=plain, **ask).choices[0].message.content
+    for sent in (message, message.model_dump(), {**message.model_dump(), "tool_calls": []}):
+        reply = client.chat.completions.create(messages=[*messages, sent, again], **ask)
+        assert reply.choices[0].message.content == expected
+
+
+def test_a_model_is_found_by_its_name(client: openai.OpenAI) -> None:
+    listed = {model.id: model for model in client.models.list()}
+    assert set(listed) == {"hub", *ADAPTERS}
+    for name, model in listed.items():
+        assert client.models.retrieve(name) == model
+    with pytest.raises(openai.NotFoundError, match="use hub or poet or judge"):
+        client.models.retrieve("gpt")
+
+
 def test_a_seed_gives_the_draws_of_generate(client: openai.OpenAI, folder: Path) -> None:
     settings: dict[str, Any] = {"temperature": 0.9, "top_p": 0.8}
     expected = llamax.load(folder / "hub").generate(

@@ -87,6 +87,12 @@ def client(server: Server) -> openai.OpenAI:
             400,
             "tools is not supported",
         ),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
+            400,
+            "messages.0.: tool_calls is not supported",
+        ),
         ("/generate", {"inputs": ""}, 200, ""),
         ("/generate", {"inputs": "x", "parameters": {"max_new_tokens": 0}}, 400, "max_new_tok"),
         ("/generate", {"inputs": "\ud800"}, 400, "half of a surrogate pair"),

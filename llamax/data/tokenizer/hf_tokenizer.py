@@ -13,7 +13,7 @@ import numpy as np
 
 from llamax.data.tokenizer.cuts import Ids, compiled, cuts_of_engine, steps_of
 from llamax.data.tokenizer.fast_engine import FastEngine, judged, without_gc
-from llamax.data.tokenizer.fast_settings import Unsupported, of_engine
+from llamax.data.tokenizer.fast_settings import Unsupported, byte_letters, of_engine
 from llamax.data.tokenizer.fingerprint import fingerprint, state_of
 from llamax.data.tokenizer.special_tokens import (
     FILES,
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
 EOS = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
 SPACE = re.compile(r"[\s:,]*")  # between the keys and values of JSON
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+BYTES = {letter: byte for byte, letter in enumerate(byte_letters())}
 PLACES = ("whole", "inside", "rest")
 ENGINES = ("engine", "_engines")  # attributes that each process loads for itself
 
@@ -123,6 +125,22 @@ class HuggingFace:
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.engine.decode(list(ids), skip_special_tokens=True))
+
+    def token_bytes(self, token: int) -> bytes:
+        piece, decoder = self.engine.id_to_token(token), self._decoder
+        if piece is not None and token not in self.added:
+            if "ByteLevel" in decoder and set(piece) <= set(BYTES):
+                return bytes(BYTES[letter] for letter in piece)
+            if "ByteFallback" in decoder and (byte := BYTE.fullmatch(piece)):
+                return bytes.fromhex(byte[1])
+            if "▁" in decoder:
+                return str(piece).replace("▁", " ").encode()
+        return self.decode([token]).encode()
+
+    @cached_property
+    def _decoder(self) -> str:
+        """The settings of the decoder as text."""
+        return json.dumps(_state(self.engine.decoder), ensure_ascii=False)
 
     def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[Ids]:
         if "whole" in self._fast or threads == 1:

@@ -82,6 +82,9 @@ class TikToken:
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.engine.decode([i for i in ids if i < self.base_size]))
 
+    def token_bytes(self, token: int) -> bytes:
+        return self.engine.decode_single_token_bytes(token) if token < self.base_size else b""
+
     def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[Ids]:
         if self.fast is not None:
             return [self.fast.encode(text, self.encode) for text in texts]

@@ -75,6 +75,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids."""
 
+    def token_bytes(self, token: int) -> bytes:
+        """What a token adds inside a text: UTF-8, perhaps a space first, or half a character."""
+
     def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[Ids]:
         """``encode`` of many texts, with ``threads`` threads."""
 
@@ -172,6 +175,13 @@ class SentencePiece:
                 text += engine.decode(list(run))
             engine = self._bare if text else engine
         return text
+
+    def token_bytes(self, token: int) -> bytes:
+        if token >= self.base_size or not self._engine.is_byte(token):
+            special = token >= self.base_size or self._engine.is_control(token)
+            text = self.decode([token]) if special else self._engine.id_to_piece(token)
+            return text.replace("▁", " ").encode()
+        return bytes.fromhex(self._engine.id_to_piece(token)[3:5])
 
     def _encode_around(self, text: str, engine: Any) -> list[int]:
         """The ids of a text in which added tokens that are not special stand as text."""

@@ -98,6 +98,12 @@ def build_app(service: Service, max_body: int, keys: tuple[str, ...] = ()) -> AS
     async def models(request: HttpRequest) -> Response:
         return JSONResponse(openai.models(service))
 
+    async def model(request: HttpRequest) -> Response:
+        try:
+            return JSONResponse(openai.model(service, request.path_params["name"]))
+        except UnknownModel as error:
+            return _error(_refusal(error), "/v1")
+
     async def metrics(request: HttpRequest) -> Response:
         text = service.scheduler.metrics.text()
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -112,6 +118,7 @@ def build_app(service: Service, max_body: int, keys: tuple[str, ...] = ()) -> AS
             route("/v1/chat/completions", chat),
             route("/v1/completions", complete),
             Route("/v1/models", models),
+            Route("/v1/models/{name:path}", model),
             route("/generate", generate),
             route("/generate_stream", generate_stream),
             route("/", compatible),

@@ -73,6 +73,7 @@ def _turn(number: int, message: Mapping[str, Any], roles: Collection[str]) -> di
     """A message with its content as one text.
 
     The role must be one of ``roles``: templates write it without a look at special tokens in it.
+    Other keys may be null or empty, as in answers that a client sends back.
     """
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not role:
@@ -84,11 +85,12 @@ def _turn(number: int, message: Mapping[str, Any], roles: Collection[str]) -> di
             if not (isinstance(part, Mapping) and part.get("type") == "text"):
                 raise DataError(f"messages[{number}] has a part that is no text; send texts alone")
         content = "".join(str(part.get("text", "")) for part in content)
+    known = ("role", "content", "name")
+    if strange := [key for key, value in message.items() if key not in known and value]:
+        raise DataError(f"messages[{number}]: {strange[0]} is not supported; leave it out")
     if not isinstance(content, str):
         raise DataError(f"messages[{number}] has no text as its content; give one")
     _encodable(content)
-    if strange := [key for key in message if key not in ("role", "content", "name")]:
-        raise DataError(f"messages[{number}]: {strange[0]} is not supported; leave it out")
     return {"role": ROLES.get(role, role), "content": content}
 
 

@@ -6,7 +6,9 @@ import asyncio
 import secrets
 import time
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from llamax.inference.serving.bodies import BodyError, ChatBody, CompletionBody, Settings
@@ -34,19 +36,18 @@ REASONS = {"eos": "stop", "stop": "stop", "length": "length", "": None}
 
 def models(service: Service) -> dict[str, Any]:
     """The models of the server."""
+    return {"object": "list", "data": [model(service, name) for name in service.models]}
+
+
+def model(service: Service, name: str) -> dict[str, Any]:
+    """A model of the server.  Raises UnknownModel."""
     return {
-        "object": "list",
-        "data": [
-            {
-                "id": name,
-                "object": "model",
-                "created": 0,
-                "owned_by": "llamax",
-                "max_model_len": service.scheduler.length,
-                **({"parent": service.name} if served.adapter else {}),
-            }
-            for name, served in service.models.items()
-        ],
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "llamax",
+        "max_model_len": service.scheduler.length,
+        **({"parent": service.name} if service.model(name).adapter else {}),
     }
 
 
@@ -111,7 +112,7 @@ class Writer(ABC):
     prefix = "cmpl"
 
     def __init__(self, served: Served, model: str, logprobs: bool) -> None:
-        self.token_text = served.token_text
+        self.served = served
         self.head = {
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -171,35 +172,43 @@ class ChatWriter(Writer):
         return {"content": content, "refusal": None}
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.token_text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        found = self.served.token_bytes(token)
+        text = found.decode(errors="replace")
+        return {"token": text, "logprob": logprob, "bytes": list(found)}
 
 
 class TextWriter(Writer):
     """Continuations of texts."""
 
+    def __init__(self, served: Served, model: str, logprobs: bool) -> None:
+        super().__init__(served, model, logprobs)
+        self._offsets: dict[int, int] = defaultdict(int)  # of the next token of each choice
+
     def whole(self, index: int, steps: Sequence[Step]) -> dict[str, Any]:
         return {
             "index": index,
             "text": "".join(step.text for step in steps),
-            "logprobs": self._logprobs([step.drawn for step in steps]),
+            "logprobs": self._logprobs(index, [step.drawn for step in steps]),
             "finish_reason": REASONS[steps[-1].ended],
         }
 
     def piece(self, index: int, step: Step) -> dict[str, Any]:
         return self.whole(index, [step])
 
-    def _logprobs(self, drawn: Sequence[Drawn]) -> dict[str, Any] | None:
+    def _logprobs(self, index: int, drawn: Sequence[Drawn]) -> dict[str, Any] | None:
         if not self.logprobs:
             return None
-        tokens = [self.token_text(each.token) for each in drawn]
+        token_text = self.served.token_text
+        tokens = [token_text(each.token) for each in drawn]
+        offsets = [*accumulate(map(len, tokens), initial=self._offsets[index])]
+        self._offsets[index] = offsets.pop()
         return {
             "tokens": tokens,
             "token_logprobs": [each.logprob for each in drawn],
             "top_logprobs": [
-                {self.token_text(token): logprob for token, logprob in each.top} for each in drawn
+                {token_text(token): logprob for token, logprob in each.top} for each in drawn
             ],
-            "text_offset": [sum(map(len, tokens[:i])) for i in range(len(tokens))],
+            "text_offset": offsets,
         }
 
 

@@ -35,9 +35,15 @@ class Served:
         self.sampling = sampling_of(loaded.generation)
         self.special = {number: name for name, number in loaded.tokenizer.special.items()}
 
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of a token, which those of the next may complete; a special token's name."""
+        if (name := self.special.get(token)) is not None:
+            return name.encode()
+        return self.loaded.tokenizer.token_bytes(token)
+
     def token_text(self, token: int) -> str:
-        """The text of a token: a special token's name, or what it decodes to."""
-        return self.special.get(token) or self.loaded.tokenizer.decode([token])
+        """The text of a token alone: U+FFFD for half a character."""
+        return self.token_bytes(token).decode(errors="replace")
 
 
 @dataclass(frozen=True)
