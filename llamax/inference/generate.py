@@ -43,6 +43,7 @@ from llamax.model.layout import transpose_weights
 from llamax.model.placement import move_model
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
+from llamax.runtime.address import refuse_address
 from llamax.runtime.errors import ConfigError, DataError
 from llamax.runtime.logging import logger
 from llamax.runtime.progress import Progress, reported
@@ -384,6 +385,7 @@ def _batches(
 
 def new_file(path: Path) -> IO[str]:
     """Open a file that does not exist yet for writing; DataError if it exists or cannot be made."""
+    refuse_address(path)
     try:
         return path.open("x", encoding="utf-8", errors="backslashreplace")
     except FileExistsError:

@@ -76,7 +76,8 @@ def problem(address: str, protocols: Sequence[str]) -> str:
 def refuse_address(path: str | os.PathLike[str]) -> None:
     """Raise ConfigError if an address stands where files are written."""
     if found := protocol(path):
+        address = re.sub("^(s3|gs|hf|https?):/(?!/)", r"\1://", os.fspath(path))  # by pathlib
         raise ConfigError(
-            f"{os.fspath(path)} is an address of {found}, not a path; write to a folder, and copy "
+            f"{address} is an address of {found}, not a path; write to a folder, and copy "
             "it from there"
         )

@@ -42,7 +42,7 @@ def parse_json(data: bytes | str, strict: bool = True) -> Any:
     except JsonError:
         raise
     except json.JSONDecodeError as error:
-        raise JsonError(f"is not JSON (line {error.lineno}: {error.msg})") from None
+        raise JsonError(f"is not JSON ({_place(error)}: {error.msg})") from None
     except UnicodeDecodeError:
         raise JsonError("is not JSON: it is not text in UTF-8") from None
     except RecursionError:
@@ -84,6 +84,14 @@ def read_object(path: Path, max_bytes: int = MAX_BYTES, strict: bool = True) -> 
     if not isinstance(value, dict):
         raise JsonError("is not a JSON object")
     return value
+
+
+def _place(error: json.JSONDecodeError) -> str:
+    """The line of a mistake; in a text of one line, such as a row, its character."""
+    text = error.doc.rstrip()
+    if not text or "\n" in text.lstrip():
+        return f"line {error.lineno}"
+    return f"character {min(error.pos, len(text)) + 1}"
 
 
 def _constant(name: str) -> float:

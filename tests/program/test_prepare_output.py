@@ -118,3 +118,33 @@ def test_a_template_of_the_user_beside_the_tokenizer_stays(tmp_path: Path) -> No
     with pytest.raises(DataError, match=r"chat_template\.jinja exists already"):
         make_parts_folder(tmp_path, tmp_path, "text", True)
     assert (make_parts_folder(tmp_path, tmp_path, "text", False) / MARKER).is_file()
+
+
+def test_a_bad_row_leaves_nothing_where_nothing_is_done(tokenizer: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "one"}\n{"text": \n{"text": "three"}\n')
+    with pytest.raises(DataError, match=r"rows.jsonl:2: the row is not JSON \(character 9: Expec"):
+        prepare(rows, tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(DataError, match="the row is not JSON"):
+        prepare(rows, tokenizer, tmp_path / "out")
+    assert content(tmp_path / "out") == {"mine": b""}
+
+
+def test_a_bad_row_says_what_is_kept(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file of more than a MiB is a part of its own."""
+    folder, out = tmp_path / "rows", tmp_path / "out"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(f'{{"text": "{"one " * 100}"}}\n' * 3000)
+    (folder / "b.jsonl").write_text('{"text": 1}\n')
+    with pytest.raises(DataError, match=r"b\.jsonl:1"):
+        prepare(folder, tokenizer, out)
+    said = capsys.readouterr().err
+    assert f"{out}/.parts keeps what is done, and the same command goes on from there" in said
+    (folder / "b.jsonl").write_text('{"text": "two"}\n')
+    prepare(folder, tokenizer, out)
+    assert not (out / ".parts").exists()

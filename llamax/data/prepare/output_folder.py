@@ -7,6 +7,9 @@ the user is replaced or removed.
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llamax.data.megatron import indexed_prefix
@@ -15,6 +18,7 @@ from llamax.data.tokenizer.special_tokens import FILES
 from llamax.runtime.address import refuse_address
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import make_folder, write_atomic
+from llamax.runtime.logging import logger
 
 PARTS, MARKER = ".parts", "made-by-llamax-prepare"
 TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer.tiktoken")
@@ -45,6 +49,25 @@ def make_parts_folder(out: Path, tokenizer: str | os.PathLike[str], key: str, ro
     except OSError as error:
         raise DataError(f"{out}: cannot be made ({error.strerror}); choose another `out`") from None
     return parts
+
+
+@contextmanager
+def keeping(parts: Path) -> Iterator[None]:
+    """If a mistake in the inputs ends the block, say what is kept; remove ``parts`` if nothing is.
+
+    The folder around it goes too if it holds nothing else.
+    """
+    try:
+        yield
+    except DataError:
+        finished = [path for path in parts.iterdir() if path.suffix in (".tokens", ".model")]
+        if finished:
+            logger.info("%s keeps what is done, and the same command goes on from there", parts)
+        else:
+            shutil.rmtree(parts)
+            with suppress(OSError):
+                parts.parent.rmdir()
+        raise
 
 
 def _kept(out: Path, tokenizer: str | os.PathLike[str], rows: bool) -> set[str]:

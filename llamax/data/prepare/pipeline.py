@@ -47,7 +47,7 @@ from llamax.data.prepare.instruction_rows import (
     InstructSettings,
     RowChunk,
 )
-from llamax.data.prepare.output_folder import PARTS, make_parts_folder
+from llamax.data.prepare.output_folder import PARTS, keeping, make_parts_folder
 from llamax.data.prepare.own_tokenizer import own_tokenizer
 from llamax.data.prepare.row_samples import check_fields
 from llamax.data.prepare.saved_dataset import held_out
@@ -218,22 +218,23 @@ def prepare(
     identity = hashlib.sha256("\n".join(names).encode()).hexdigest()
     if not _already_made(out, settings, identity, format):
         _speed_up(opened, chunks)
-        parts = make_parts(chunks, parts_folder, settings, opened, workers, began)
-        unread = unread_in(parts)
-        if unread and strict:
-            raise unread_error(unread)
-        with reported("joining the parts", began):
-            if format == "megatron":
-                made = {name: join_parts_to_megatron(parts, name, out, key) for name in SPLITS}
-            else:
-                made = {name: join_parts(parts, name, out) is not None for name in SPLITS}
-        if not made["train"]:
-            smaller = f", or a smaller `validation` than {validation}"
-            raise DataError(
-                f"{', '.join(map(str, sources))}: no document is left for training; give more text"
-                f"{smaller if made['validation'] else ''}"
-                f"{f' (not read: {unread_names(unread)})' if unread else ''}"
-            )
+        with keeping(parts_folder):
+            parts = make_parts(chunks, parts_folder, settings, opened, workers, began)
+            unread = unread_in(parts)
+            if unread and strict:
+                raise unread_error(unread)
+            with reported("joining the parts", began):
+                if format == "megatron":
+                    made = {name: join_parts_to_megatron(parts, name, out, key) for name in SPLITS}
+                else:
+                    made = {name: join_parts(parts, name, out) is not None for name in SPLITS}
+            if not made["train"]:
+                smaller = f", or a smaller `validation` than {validation}"
+                raise DataError(
+                    f"{', '.join(map(str, sources))}: no document is left for training; give more "
+                    f"text{smaller if made['validation'] else ''}"
+                    f"{f' (not read: {unread_names(unread)})' if unread else ''}"
+                )
         trained = opened.path.stem if train_tokenizer else None
         _write_index(out, settings, opened, identity, trained, format, unread, from_hub)
     else:

@@ -9,6 +9,7 @@ import pytest
 
 from llamax.checkpoint.atomic import new_folder
 from llamax.data.prepare.output_folder import make_parts_folder
+from llamax.inference.generate import new_file
 from llamax.runtime.address import problem, protocol, refuse_address
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.files import replace_output
@@ -57,12 +58,13 @@ def into_a_folder(path: Path) -> None:
         into_a_folder,
         lambda path: make_parts_folder(path, "", "text", False),
         lambda path: replace_output(path, b"", lambda before: True),
+        new_file,
     ],
 )
 def test_nothing_is_written_to_a_folder_named_like_an_address(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"^s3:/bucket/x is an address of s3, not a path; write"):
+    with pytest.raises(ConfigError, match=r"^s3://bucket/x is an address of s3, not a path; write"):
         write(Path("s3://bucket/x"))
     assert [*tmp_path.iterdir()] == []

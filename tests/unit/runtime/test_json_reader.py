@@ -50,6 +50,7 @@ def test_any_other_text_is_a_json_error_of_one_line(data: bytes | str) -> None:
     [
         ("", r"is not JSON \(line 1: Expecting value\)"),
         ('{"a": 1\n,}', r"is not JSON \(line 2"),
+        (b'{"a": \n', r"is not JSON \(character 6: Expecting value\)"),
         (b'"\xff"', "not text in UTF-8"),
         ("[" * 20_000, "nested more than 64"),
         ("[" * 20_000 + "]" * 20_000, "nested more than 64"),
