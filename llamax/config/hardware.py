@@ -71,6 +71,8 @@ class Machine:
     """What a node sends to the network, one way [1e9 bytes/s]."""
     network_latency_us: NonNegative = 0.0
     """Time of one step of a ring between nodes [us]."""
+    product_tile: Count = 1
+    """Side of the square of weights that its matrix unit multiplies by at once [elements]."""
     matmul_efficiency: Efficiency = 1.0
     """Share of the peak that matrix products reach."""
     attention_efficiency: Efficiency = 1.0

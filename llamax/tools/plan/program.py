@@ -14,7 +14,7 @@ Whatever else a program does comes on top.
 from __future__ import annotations
 
 from llamax.config.hardware import Machine
-from llamax.tools.plan.roofline import attention_flops, forward_flops, layer_flops
+from llamax.tools.plan.products import attention_flops, forward_flops, layer_flops
 from llamax.tools.plan.sizes import Share, stages_of
 from llamax.training.resolve import ResolvedRun
 

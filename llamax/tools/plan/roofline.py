@@ -2,7 +2,8 @@
 
 ::
 
-    microstep   matmuls       FLOPs / (peak x efficiency), or their bytes / memory bandwidth
+    microstep   matmuls       FLOPs of the whole tiles that they take / (peak x efficiency), or
+                              their bytes / memory bandwidth
                 attention     FLOPs of the causal half, with scores computed again in backward; on
                               trn1 the cycles of llamax's NKI kernels (nki_time); without a
                               flash kernel all pairs of tokens, and their bytes
@@ -46,6 +47,7 @@ from llamax.tools.plan.line import Line
 from llamax.tools.plan.memory import by_nki, plain_attention
 from llamax.tools.plan.nki_loss import loss_by_nki, loss_seconds
 from llamax.tools.plan.nki_time import attention_seconds
+from llamax.tools.plan.products import attention_flops, filled, forward_flops, weight_flops
 from llamax.tools.plan.sizes import Share, adapter_elements, stages_of
 from llamax.tools.plan.state import on_host
 from llamax.training.resolve import ResolvedRun
@@ -119,43 +121,6 @@ def wire(machine: Machine, size: int, stride: int) -> Wire:
     return Wire(size, network or 1e-9, 1e-6 * machine.network_latency_us, "network")
 
 
-def forward_flops(share: Share) -> tuple[float, float, float]:
-    """Forward FLOPs of one microbatch on one rank: layer matmuls, head matmul, attention."""
-    T = share.tokens
-    layers = 2.0 * T * share.layers * share.layer_weights
-    head = 2.0 * T * share.head_weights if share.projects else 0.0
-    length = share.config.data.sequence_length
-    attention = 2.0 * T * length * share.query * share.layers
-    return layers, head, attention
-
-
-def layer_flops(share: Share) -> tuple[float, float]:
-    """FLOPs of the products with weights of layers in a microbatch, forward and backward.
-
-    A frozen weight needs no gradient; a recomputed layer leaves out its down projection.
-    """
-    forward = forward_flops(share)[0]
-    backward = (1 if share.tuned else 2) * forward
-    if share.config.run.recompute == "full":
-        down = 2.0 * share.tokens * share.layers * share.model.hidden_size * share.feed_forward
-        backward += forward - down
-    return forward, backward
-
-
-def attention_flops(share: Share, machine: Machine) -> tuple[float, float]:
-    """FLOPs of the products of attention in a microbatch, forward and backward.
-
-    A flash kernel computes the causal half, and scores again in backward; without one all pairs of
-    tokens are computed.  Selective recomputation runs the kernel again, or makes scores again.
-    """
-    attention, mode = forward_flops(share)[2], share.config.run.recompute
-    if not plain_attention(share, machine):
-        return attention, (2.5 + (mode != "none")) * attention
-    length = share.config.data.sequence_length
-    attention *= 2 * pairs(share) / (share.tokens * length * share.heads)
-    return attention, (2 + {"none": 0, "selective": 0.5, "full": 1}[mode]) * attention
-
-
 def element_bytes(share: Share, rotates: bool = True) -> float:
     """Bytes that the element-wise operations of one layer read and write in forward.
 
@@ -215,15 +180,17 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
     peak = machine.peak_flops(config.run.dtype)
     bandwidth = 1e9 * machine.memory_gbps * machine.memory_efficiency
 
-    _, head, half = forward_flops(share)
+    half = forward_flops(share)[2]
     again = 1 if mode == "full" else 0
     on_chip = loss_by_nki(share, machine)
     projected = 0 if on_chip or not share.projects else share.head_weights
     passes = 2 if share.tuned else 3  # a frozen weight needs no gradient
-    matmul = sum(layer_flops(share)) + passes * head * (not on_chip)
-    matmul += 6.0 * share.tokens * share.adapters if share.tuned else 0.0
+    matmul, tiles = weight_flops(share, machine, on_chip)
     weights = (passes + again) * (share.layers * share.layer_weights + projected) * w
-    matmul_s = max(matmul / (peak * machine.matmul_efficiency), weights / bandwidth)
+    matmul_s = max(tiles / (peak * machine.matmul_efficiency), weights / bandwidth)
+    multiplied = show_flops(matmul)
+    if tiles > matmul:
+        multiplied += f" ({show_flops(tiles)} in whole tiles)"
     plain = plain_attention(share, machine)
     forward, backward = attention_flops(share, machine)
     rounds = 1 + backward / forward
@@ -265,7 +232,7 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
     rate = f"{machine.matmul_efficiency:.0%} of {show_flops(peak)}/s"
     memory = show_rate(bandwidth)
     return [
-        Line("matmuls", matmul_s, f"{show_flops(matmul)} / ({rate})"),
+        Line("matmuls", matmul_s, f"{multiplied} / ({rate})"),
         Line(
             "attention",
             attention_s,
@@ -311,7 +278,8 @@ def weights_put_off(share: Share, machine: Machine) -> float:
     if not share.splits(machine.backend, share.config.run.recompute):
         return 0.0
     peak = machine.peak_flops(share.config.run.dtype)
-    return forward_flops(share)[0] / (peak * machine.matmul_efficiency)
+    forward = forward_flops(share)[0] * filled(share, machine)
+    return forward / (peak * machine.matmul_efficiency)
 
 
 def waiting(run: ResolvedRun, slowest_s: float, all_s: float, put_off_s: float) -> Line:

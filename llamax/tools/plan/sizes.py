@@ -157,8 +157,13 @@ class Share:
     @cached_property
     def layer_weights(self) -> int:
         """Elements of the matrices of one layer."""
-        D = self.model.hidden_size
-        return D * (2 * self.query + 2 * self.key) + 3 * D * self.feed_forward
+        return self.layer_elements()
+
+    def layer_elements(self, tile: int = 1) -> int:
+        """Elements of the matrices of one layer, each side a multiple of ``tile``."""
+        sides = self.model.hidden_size, self.query, self.key, self.feed_forward
+        D, query, key, inner = (whole_tiles(side, tile) for side in sides)
+        return D * (2 * query + 2 * key) + 3 * D * inner
 
     @cached_property
     def head_weights(self) -> int:
@@ -232,6 +237,11 @@ class Share:
         return [
             group._replace(elements=-(-group.elements // ranks) * ranks) for group in self.groups
         ]
+
+
+def whole_tiles(side: int, tile: int) -> int:
+    """The next multiple of ``tile`` from ``side`` on."""
+    return -(-side // tile) * tile
 
 
 def stages_of(run: ResolvedRun) -> list[tuple[Share, int]]:

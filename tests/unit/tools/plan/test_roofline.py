@@ -8,20 +8,20 @@ import pytest
 from support.runs import on_mesh
 from support.runs import share as share_of
 
-from llamax.config.hardware import (
-    load_machine,
-)
+from llamax.config.hardware import load_machine
 from llamax.config.load import load_config
 from llamax.config.schema import Config
 from llamax.parallel.mesh import Mesh
+from llamax.runtime.units import show_flops
 from llamax.tools.plan.memory import loss
 from llamax.tools.plan.nki_loss import kernel_seconds
 from llamax.tools.plan.planner import plan as planned
+from llamax.tools.plan.products import weight_flops
 from llamax.tools.plan.roofline import microstep, wire
 from llamax.tools.plan.roofline import time as step_time
 from llamax.tools.plan.sizes import Share, stages_of
 
-TRN1 = load_machine("trn1.32xlarge")
+TRN1, H100 = load_machine("trn1.32xlarge"), load_machine("p5.48xlarge")
 
 
 ONE = [f"--{key}" for key in ("data.separate_documents=false",)]
@@ -38,7 +38,7 @@ def test_a_group_within_a_node_uses_links_and_a_wider_one_the_network() -> None:
     assert across.name == "network"
     assert across.bytes_per_s == pytest.approx(100e9 * 0.7 / 8)  # eight rings share the node's
     # A ring of 8 moves 7/8 of the whole, and waits 7 times.
-    assert wire(TRN1, 8, 1).ring(8e9) == pytest.approx(7 * (1e9 / (192e9 * 0.43) + 5e-6))
+    assert wire(TRN1, 8, 1).ring(8e9) == pytest.approx(7 * (1e9 / (192e9 * 0.48) + 5e-6))
     assert wire(TRN1, 1, 1).ring(8e9) == 0
 
 
@@ -48,7 +48,7 @@ def test_time_of_matmuls_by_hand() -> None:
         line.name: line.value
         for line in step_time(share_of(config, Mesh(tp=8, dp=16)), TRN1, 4).lines
     }
-    weights = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008) // 8 + 32000 * 4096 // 8
+    weights = 32 * (4 * 4096 * 512 + 3 * 4096 * 1408) + 4096 * 4096  # of 1376 and 4000, in tiles
     assert found["matmuls"] == pytest.approx(64 * 6 * 4096 * weights / (95e12 * 0.56))
     # 4 heads, forward twice, by the tally; each time q and k, [4096, 512], are read for bounds
     kernels = 2 * (5.58e-12 * 2**23 + 3.57e-9 * 4096) + 1.85e-11 * 2**23 + 6.16e-9 * 4096
@@ -58,6 +58,30 @@ def test_time_of_matmuls_by_hand() -> None:
     # Forward and twice as much backward, without the rotation: 512 tokens of norms and residuals.
     elements = 3 * 2 * (10 * 512 * 4096 + 4096 * 3 * 11008 // 8) / bandwidth
     assert found["element-wise"] == pytest.approx(64 * 32 * elements)
+
+
+def test_a_part_of_a_tile_takes_as_long_as_a_whole_one() -> None:
+    """448 features of a share are 3.5 tiles of 128; a GPU's row is taken as it is."""
+    config = recipe("llama3.1-8b", "--parallel.tensor=32", *ONE)
+    share = share_of(config, Mesh(tp=32, dp=1))
+    multiplied, whole = weight_flops(share, TRN1, loss_apart=True)
+    weights = 4096 * (2 * 128 + 2 * 128 + 3 * 448)
+    assert multiplied == 3 * 2.0 * share.tokens * 32 * weights
+    assert whole == multiplied * (512 + 3 * 512) / (512 + 3 * 448)
+    line = next(line for line in microstep(share, TRN1) if line.name == "matmuls")
+    assert f"({show_flops(weight_flops(share, TRN1, False)[1])} in whole tiles)" in line.formula
+    assert weight_flops(share, H100, loss_apart=True) == (multiplied, multiplied)
+
+
+def test_adapters_take_tiles_of_their_rank() -> None:
+    config = recipe("llama2-7b", "--checkpoint.init_from=base", "--parallel.tensor=8", *ONE)
+    tuned = [
+        share_of(replace(config, finetune=replace(config.finetune, method="lora", r=r)), Mesh(tp=8))
+        for r in (16, 128)
+    ]
+    (few, small), (many, large) = (weight_flops(share, TRN1, True) for share in tuned)
+    assert few < many
+    assert small == large
 
 
 def test_time_of_a_loss_by_kernels_by_hand() -> None:
@@ -72,8 +96,8 @@ def test_time_of_a_loss_by_kernels_by_hand() -> None:
         sum(kernel_seconds(8192, 16032, 2048)) + turned / bandwidth
     )
     assert products < found["logits"] < 1.05 * products
-    layers = 2.0 * 8192 * share.layers * share.layer_weights
-    assert found["matmuls"] == pytest.approx(3 * layers / (95e12 * 0.56))
+    weights = 16 * 2048 * (2 * 256 + 2 * 128 + 3 * 1024)  # the key head of 64 in a tile of 128
+    assert found["matmuls"] == pytest.approx(3 * 2.0 * 8192 * weights / (95e12 * 0.56))
     wide = share_of(replace(config, run=replace(config.run, dtype="float32")), share.mesh)
     by_compiler = {line.name: line.value for line in microstep(wide, TRN1)}
     assert by_compiler["logits"] == pytest.approx(24 * 8192 * 16032 / bandwidth)
