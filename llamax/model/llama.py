@@ -34,6 +34,7 @@ from llamax.model import recompute, rope
 from llamax.model.causal import Causal
 from llamax.model.dropout import Dropout
 from llamax.model.initial_weights import draw
+from llamax.model.inputs import check_ids, check_inputs
 from llamax.model.recompute import Recompute
 from llamax.parallel import regions
 from llamax.parallel.collectives import Axis, Solo
@@ -48,8 +49,6 @@ from llamax.parallel.tensor_parallel import (
     ParallelLayer,
     RowLinear,
     VocabEmbedding,
-    check_ids,
-    check_inputs,
     sharded_parameters,
 )
 from llamax.runtime.errors import DataError
