@@ -78,7 +78,8 @@ def consolidate(
 
     Raises:
         ConfigError: For a parameter out of range.
-        CheckpointError: If the checkpoint is damaged, ``out`` exists or the disk is full.
+        CheckpointError: If the checkpoint is damaged, a weight is too large for ``dtype``, ``out``
+            exists or the disk is full.
     """
     if processes < 1:
         raise ConfigError(f"`processes={processes}` is below 1; use 1 or more")

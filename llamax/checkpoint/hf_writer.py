@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from llamax.checkpoint import hf_folder, slabs
 from llamax.checkpoint.atomic import explain_write_errors
@@ -113,12 +114,48 @@ def allocate_files(folder: Path, planned: Sequence[PlannedTensor]) -> dict[str, 
 
 
 def write_tensor(
-    source: Source, folder: Path, tensor: PlannedTensor, offset: int, buffers: slabs.Buffers
+    source: Source,
+    folder: Path,
+    tensor: PlannedTensor,
+    offset: int,
+    buffers: slabs.Buffers,
+    check: bool = False,
 ) -> int:
-    """Write one tensor to its offset in its file; return its size in bytes."""
+    """Write one tensor to its offset in its file; return its size in bytes.
+
+    ``check``: warn of numbers that are not finite.  Raises CheckpointError for a number beyond the
+    largest of float16, which would become infinite.
+    """
     stream = slabs.stream_tensor(source, tensor.name, tensor.kind, tensor.dtype, buffers)
-    write_tensor_at(folder / tensor.file, offset, stream.chunks, tensor.size_bytes)
+    check |= tensor.dtype == torch.float16 != source.dtype(tensor.name, tensor.kind)
+    chunks = check_finite(source, tensor, stream.chunks) if check else stream.chunks
+    write_tensor_at(folder / tensor.file, offset, chunks, tensor.size_bytes)
     return tensor.size_bytes
+
+
+def check_finite(
+    source: Source, tensor: PlannedTensor, chunks: Iterable[Tensor]
+) -> Iterator[Tensor]:
+    """The chunks of a tensor, with a warning if it holds numbers that are not finite.
+
+    Raises CheckpointError where only its type makes them infinite.
+    """
+    finite = True
+    for chunk in chunks:
+        if finite and not chunk.isfinite().all():
+            finite = False
+            if source.read(tensor.name, tensor.kind).isfinite().all():
+                raise CheckpointError(
+                    f"{source.folder}: {tensor.name} holds numbers beyond the largest of float16, "
+                    "which would become infinite; use `dtype=bfloat16`"
+                )
+            logger.warning(
+                "%s: %s holds numbers that are not finite, which are copied: its training diverged "
+                "or the files are damaged; use an earlier checkpoint",
+                source.folder,
+                tensor.name,
+            )
+        yield chunk
 
 
 def write_metadata(

@@ -45,8 +45,8 @@ def merge(
 
     Raises:
         ConfigError: For a parameter out of range.
-        CheckpointError: If base and adapter do not belong together, ``out`` exists or the disk is
-            full.
+        CheckpointError: If base and adapter do not belong together, a weight is too large for
+            ``dtype``, ``out`` exists or the disk is full.
     """
     weight_dtype, file_bytes = dtype_of(dtype), size(max_shard_size)
     adapters, info = open_adapter(adapter)
@@ -63,5 +63,6 @@ def merge(
         offsets = hf_writer.allocate_files(folder, planned)
         started(sum(tensor.size_bytes for tensor in planned))
         for tensor in planned:
-            progress(hf_writer.write_tensor(merged, folder, tensor, offsets[tensor.name], buffers))
+            at = offsets[tensor.name]
+            progress(hf_writer.write_tensor(merged, folder, tensor, at, buffers, check=True))
     return Path(out)

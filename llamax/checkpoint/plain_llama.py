@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cache
 from typing import TypeVar
 
+from llamax.checkpoint.hf_folder import HfFolder
 from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig
 from llamax.model.llama import Llama
@@ -74,10 +75,17 @@ def check_plain(source: Source, target: str) -> None:
     wrong = own_names(names, model) or [name for name in plain if name not in present]
     if wrong:
         has = "holds" if wrong[0] in names else "has no"
-        raise CheckpointError(
-            f"{source.folder} {has} {wrong[0]}{_more(wrong)}: {trained_as} was trained, which "
-            f"{target} cannot describe; use it with llamax.load(folder, model_class=...)"
-        )
+        if isinstance(source.untrained, HfFolder):
+            reason = (
+                "its config.json describes another model; use the configuration of exactly these "
+                "weights, or copy the folder again"
+            )
+        else:
+            reason = (
+                f"{trained_as} was trained, which {target} cannot describe; use it with "
+                "llamax.load(folder, model_class=...)"
+            )
+        raise CheckpointError(f"{source.folder} {has} {wrong[0]}{_more(wrong)}: {reason}")
     for name, shape in plain.items():
         if source.shape(name) != shape:
             raise CheckpointError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from support.adapters import MODEL, base_folder
 
 from llamax.__main__ import dispatch
 from llamax.checkpoint.build_model import load_tuned
-from llamax.checkpoint.hf_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_source
+from llamax.checkpoint.hf_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SINGLE_FILE, open_source
 from llamax.checkpoint.merge import merge
 from llamax.checkpoint.peft import (
     BASE_JSON,
@@ -56,6 +57,67 @@ def logits_of(model: Any) -> torch.Tensor:
         found = model(ids)
     logits: torch.Tensor = getattr(found, "logits", found)
     return logits
+
+
+def changed_base(
+    folder: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], None]
+) -> Path:
+    """The base with a change of its tensors, for adapters that know no fingerprint."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder / "base", out / "base")
+    shutil.copytree(folder / "adapter", out / "adapter")
+    (out / "adapter" / BASE_JSON).unlink()
+    tensors = load_file(out / "base" / SINGLE_FILE)
+    change(tensors)
+    save_file(tensors, out / "base" / SINGLE_FILE, {"format": "pt"})
+    return out
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize("name", [NORM, "model.layers.0.self_attn.q_proj.weight"])
+def test_numbers_that_are_not_finite_are_named(
+    folder: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name].view(-1)[3] = torch.nan
+
+    changed_base(folder, tmp_path, change)
+    out = merge(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "base")
+    assert caplog.messages == [
+        f"{tmp_path}/base: {name} holds numbers that are not finite, which are copied: its "
+        "training diverged or the files are damaged; use an earlier checkpoint"
+    ]
+    assert open_source(out).read(name).view(-1)[3].isnan()
+
+
+def test_a_number_too_large_for_float16_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Written as float16 it would be infinite."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[NORM][3] = 1e5
+
+    changed_base(folder, tmp_path, change)
+    given: dict[str, Any] = {"base": tmp_path / "base", "dtype": "float16"}
+    with pytest.raises(CheckpointError, match=rf"{NORM} holds numbers beyond .*`dtype=bfloat16`"):
+        merge(tmp_path / "adapter", tmp_path / "merged", **given)
+    assert not (tmp_path / "merged").exists()
+    merge(tmp_path / "adapter", tmp_path / "merged", **given | {"dtype": "bfloat16"})
+
+
+@pytest.mark.parametrize(("name", "has"), [(NORM, "has no"), ("model.other.weight", "holds")])
+def test_a_base_with_other_tensors_is_refused_by_its_configuration(
+    folder: Path, tmp_path: Path, name: str, has: str
+) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        if tensors.pop(name, None) is None:
+            tensors[name] = torch.ones(3)
+
+    changed_base(folder, tmp_path, change)
+    with pytest.raises(CheckpointError, match=rf"{has} {name}: its config.json describes another"):
+        merge(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "base")
 
 
 @pytest.mark.parametrize("slab", [SLAB_BYTES, 1024], ids=["whole", "slabs"])
