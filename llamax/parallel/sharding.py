@@ -15,8 +15,8 @@ A block counts in *units* that never part (a head, a row).  Three cases, for n u
 * ``pad`` (the vocabulary): n is rounded up to a multiple of p with rows of zeros that no file ever
   sees, so ``join`` gives the unpadded whole again.
 
-Because all of this is arithmetic on (block, degree, rank), any degree can be turned into any other:
-``reshard`` lists which rows to copy from which rank, and checkpoints need no topology.
+All of this is arithmetic on (block, degree, rank), so a checkpoint needs no topology: any degree is
+turned into any other by the rows that its ranks have in common (``llamax.checkpoint.runs``).
 """
 
 from __future__ import annotations
@@ -76,18 +76,6 @@ class Shard:
 
 
 Cut = Shard | Replica
-
-
-class Copy(NamedTuple):
-    """Rows to copy in a reshard, from the share of ``source_rank`` into that of the new rank.
-
-    Both starts are counted in rows of a share.
-    """
-
-    source_rank: int
-    source_start: int
-    start: int
-    length: int
 
 
 def span(block: Block, degree: int, rank: int) -> Span:
@@ -152,20 +140,6 @@ def local_shape(whole: Sequence[int], how: Cut, degree: int) -> tuple[int, ...]:
     if isinstance(how, Shard):
         shape[how.dim] = sum(sum(span(block, degree, 0)[1:]) for block in how.blocks)
     return tuple(shape)
-
-
-def reshard(block: Block, source_degree: int, degree: int, rank: int) -> list[Copy]:
-    """The rows that ``rank`` of ``degree`` copies from shares of ``source_degree`` ranks.
-
-    Where several source ranks hold the same rows, the first is the source; padding is never copied.
-    """
-    target, copies = span(block, degree, rank), []
-    for source in range(0, source_degree, replicas(block, source_degree)):
-        held = span(block, source_degree, source)
-        start, stop = max(target.start, held.start), min(target.stop, held.stop)
-        if start < stop:
-            copies.append(Copy(source, start - held.start, start - target.start, stop - start))
-    return copies
 
 
 class Part(NamedTuple):

@@ -28,7 +28,6 @@ _NAME = re.compile(r"%[\w.-]+")
 _SHAPE = re.compile(r"(\w+)\[([^\]]*)\](?:\{[^}]*\})?")
 _LINE = re.compile(r"\s*(ROOT )?(%[\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)")
 _SOURCE = re.compile(r'source_file="([^"]*)" source_line=(\d+)')
-_CALLED = re.compile(r"(?:to_apply|body|condition|calls)=(%[\w.-]+)")
 
 
 @dataclass(frozen=True)
