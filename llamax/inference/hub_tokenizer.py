@@ -19,7 +19,7 @@ import tokenizers
 
 from llamax.data.chat.encode import Encoder
 from llamax.data.chat.templates import Span
-from llamax.data.tokenizer.hf_export import from_sentencepiece, has_twin
+from llamax.data.tokenizer.hf_export import from_sentencepiece, why_no_twin
 from llamax.data.tokenizer.hf_tokenizer import HuggingFace
 from llamax.data.tokenizer.special_tokens import CONFIG
 from llamax.data.tokenizer.tokenizer import SentencePiece, Tokenizer, load_tokenizer
@@ -80,7 +80,7 @@ def _engine(tokenizer: Tokenizer) -> tokenizers.Tokenizer | None:
         engine = tokenizers.Tokenizer.from_str(tokenizer.engine.to_str())
         engine.encode_special_tokens = False
         return engine
-    if isinstance(tokenizer, SentencePiece) and has_twin(tokenizer.model):
+    if isinstance(tokenizer, SentencePiece) and not why_no_twin(tokenizer.model):
         return from_sentencepiece(tokenizer)
     return None
 

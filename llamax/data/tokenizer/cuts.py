@@ -46,6 +46,7 @@ BLANK = r"(?<=\S)(?=[ \n])"
 # Where texts can be cut under known patterns: those of GPT-2, of Llama 3 and Qwen 2, which end a
 # segment with all line breaks in a row, and of Mistral Nemo, in which a slash may follow them.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 TEKKEN_PATTERN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
@@ -54,7 +55,7 @@ TEKKEN_PATTERN = (
 PATTERNS = {
     GPT2_PATTERN: BLANK,
     LLAMA3_PATTERN: f"{SPACE}|{LINE}",
-    LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}"): f"{SPACE}|{LINE}",
+    QWEN2_PATTERN: f"{SPACE}|{LINE}",
     TEKKEN_PATTERN: SPACE,
 }
 

@@ -10,18 +10,18 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from llamax.data.tokenizer.cuts import TEKKEN_PATTERN, steps_of
+from llamax.data.tokenizer.cuts import QWEN2_PATTERN, TEKKEN_PATTERN, steps_of
 from llamax.data.tokenizer.llama3 import LLAMA3_PATTERN
 from llamax.data.tokenizer.sentencepiece_model import (
-    BPE,
     BYTE,
     NORMAL,
-    UNUSED,
     USER_DEFINED,
     SentencePieceModel,
+    why_not_plain,
 )
 
-SPLITS = (LLAMA3_PATTERN, LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}"), TEKKEN_PATTERN)
+SPLITS = (LLAMA3_PATTERN, QWEN2_PATTERN, TEKKEN_PATTERN)
+SPACES_AS_MARKS = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 MODEL_KEYS = {
     "type",
     "dropout",
@@ -69,17 +69,11 @@ def of_sentencepiece(model: SentencePieceModel, inline: Iterable[str]) -> dict[s
 
     ``inline``: added tokens that stand in texts.  Raises Unsupported.
     """
-    kinds = [kind for _, _, kind in model.pieces]
     symbols = [(n, text) for n, (text, _, kind) in enumerate(model.pieces) if kind == USER_DEFINED]
     pieces = [(text, score) for text, score, kind in model.pieces if kind == NORMAL]
+    if clause := why_not_plain(model):
+        raise Unsupported(clause)
     for fault, clause in (
-        (model.kind != BPE, "is not a BPE"),
-        (model.rewrites, "normalizes text"),
-        (model.drops_spaces, "removes extra spaces"),
-        (model.spaces_behind, "puts spaces at the end of pieces"),
-        (kinds.count(BYTE) != 256, "has no bytes to fall back on"),
-        (UNUSED in kinds, "has unused pieces"),
-        (any(set(" ▁") & set(text) for _, text in symbols), "has user-defined pieces with spaces"),
         (any(" " in text for text, _ in pieces), "has pieces with spaces"),
         (_is_ambiguous(pieces), "has several pieces of one score"),
         (any(True for _ in inline), "has added tokens in texts"),
@@ -89,7 +83,7 @@ def of_sentencepiece(model: SentencePieceModel, inline: Iterable[str]) -> dict[s
     vocabulary = {t: n for n, (t, _, kind) in enumerate(model.pieces) if kind in (NORMAL, BYTE)}
     return {
         "added_tokens": [{"id": n, "content": text, "special": False} for n, text in symbols],
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        "normalizer": SPACES_AS_MARKS,
         "pre_tokenizer": None,
         "model": {
             "type": "BPE",
@@ -153,8 +147,8 @@ def _check_sentencepiece(settings: dict[str, Any], model: dict[str, Any]) -> Non
     steps = steps_of(settings.get("pre_tokenizer"), "pretokenizers")
     kinds = [step.get("type") for step in normalizers]
     spaces = [step for step in normalizers if step.get("type") == "Replace"]
-    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    if kinds not in ([], ["Replace"], ["Prepend", "Replace"]) or any(s != space for s in spaces):
+    other = any(step != SPACES_AS_MARKS for step in spaces)
+    if kinds not in ([], ["Replace"], ["Prepend", "Replace"]) or other:
         raise Unsupported("normalizes text")
     if [step.get("type") for step in steps] not in ([], ["Metaspace"]):
         raise Unsupported("splits text in a way of its own")

@@ -31,14 +31,12 @@ from llamax.data.tokenizer.fast_settings import byte_letters, merges_of
 from llamax.data.tokenizer.hf_tokenizer import HuggingFace
 from llamax.data.tokenizer.llama3 import LLAMA3_PATTERN
 from llamax.data.tokenizer.sentencepiece_model import (
-    BPE,
-    BYTE,
     CONTROL,
     NORMAL,
     UNKNOWN,
-    UNUSED,
     USER_DEFINED,
     SentencePieceModel,
+    why_not_plain,
     without_prefix,
 )
 from llamax.data.tokenizer.tiktoken_file import TikToken
@@ -66,7 +64,7 @@ def export_tokenizer(
     else:
         if isinstance(tokenizer, SentencePiece):
             write_atomic(folder / "tokenizer.model", raw)
-            if reason := why_alone(tokenizer.model):
+            if reason := why_no_twin(tokenizer.model):
                 for path in tokenizer.beside:
                     write_atomic(folder / path.name, path.read_bytes())
                 logger.warning(
@@ -114,32 +112,13 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def has_twin(model: SentencePieceModel) -> bool:
-    """Whether ``tokenizers`` gives this model's ids: a BPE with bytes, without normalization."""
-    return not why_alone(model)
-
-
-def why_alone(model: SentencePieceModel) -> str:
-    """What ``tokenizers`` cannot do as the model does; empty if it gives the same ids."""
-    kinds = [kind for _, _, kind in model.pieces]
-    symbols = [text for text, _, kind in model.pieces if kind == USER_DEFINED]
-    if model.kind != BPE:
-        return "is not a BPE"
-    if model.rewrites:
-        return "normalizes text"
-    if model.drops_spaces:
-        return "removes extra spaces"
-    if model.spaces_behind:
-        return "puts spaces at the end of pieces"
-    if kinds.count(BYTE) != 256:
-        return "has no bytes to fall back on"
-    if UNUSED in kinds:
-        return "has unused pieces"
-    if any(set(" ▁") & set(text) for text in symbols):
-        return "has user-defined pieces with spaces"
-    if symbols and not every_piece_is_itself(model):
+def why_no_twin(model: SentencePieceModel) -> str:
+    """What ``tokenizers`` cannot do as the model does, as a clause; empty if its ids are equal."""
+    symbols = any(kind == USER_DEFINED for _, _, kind in model.pieces)
+    why = why_not_plain(model)
+    if not why and symbols and not every_piece_is_itself(model):
         return "has user-defined pieces, and pieces that no text becomes"
-    return ""
+    return why
 
 
 def every_piece_is_itself(model: SentencePieceModel) -> bool:
@@ -153,7 +132,7 @@ def every_piece_is_itself(model: SentencePieceModel) -> bool:
 
 
 def from_sentencepiece(tokenizer: SentencePiece) -> tokenizers.Tokenizer:
-    """The same BPE in ``tokenizers``; see ``has_twin``."""
+    """The same BPE in ``tokenizers``; see ``why_no_twin``."""
     model = tokenizer.model
     vocabulary = {text: number for number, (text, _, _) in enumerate(model.pieces)}
     pieces = [(text, score) for text, score, kind in model.pieces if kind == NORMAL]

@@ -72,6 +72,27 @@ class SentencePieceModel:
         )
 
 
+def why_not_plain(model: SentencePieceModel) -> str:
+    """What makes a model other than a plain BPE over bytes, as a clause; empty for a plain one.
+
+    Other engines compute the ids of a plain one alone.
+    """
+    kinds = [kind for _, _, kind in model.pieces]
+    symbols = (text for text, _, kind in model.pieces if kind == USER_DEFINED)
+    for fault, clause in (
+        (model.kind != BPE, "is not a BPE"),
+        (model.rewrites, "normalizes text"),
+        (model.drops_spaces, "removes extra spaces"),
+        (model.spaces_behind, "puts spaces at the end of pieces"),
+        (kinds.count(BYTE) != 256, "has no bytes to fall back on"),
+        (UNUSED in kinds, "has unused pieces"),
+        (any(set(" ▁") & set(text) for text in symbols), "has user-defined pieces with spaces"),
+    ):
+        if fault:
+            return clause
+    return ""
+
+
 def without_prefix(raw: bytes) -> bytes:
     """The bytes of the same model that puts no space before a text.
 

@@ -56,7 +56,7 @@ def test_a_tokenizer_without_a_twin_finds_special_tokens_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer: Tokenizer = load_tokenizer(llama2_tokenizer(tmp_path))
-    monkeypatch.setattr(hub_tokenizer, "has_twin", lambda model: False)
+    monkeypatch.setattr(hub_tokenizer, "why_no_twin", lambda model: "is unlike it")
     ours = HubTokenizer(tokenizer)
     bos, eos = tokenizer.special["<s>"], tokenizer.special["</s>"]
     assert ours.encode("") == [bos]

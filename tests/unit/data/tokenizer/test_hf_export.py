@@ -158,11 +158,11 @@ def test_unreachable_pieces_beside_user_defined_ones_have_no_twin(
     own = load_tokenizer(train_unlike_llama(tmp_path, user_defined_symbols=SYMBOLS))
     assert isinstance(own, SentencePiece)
     model = own.model
-    assert hf_export.why_alone(model) == ""
+    assert hf_export.why_no_twin(model) == ""
     last = max(n for n, (text, _, kind) in enumerate(model.pieces) if kind == 1 and len(text) > 2)
     text, score, kind = model.pieces[last]
     pieces = [*model.pieces]
     pieces[last] = (f"{text}\u0416", score, kind)  # no merge makes it
-    assert hf_export.why_alone(replace(model, pieces=pieces)) == (
+    assert hf_export.why_no_twin(replace(model, pieces=pieces)) == (
         "has user-defined pieces, and pieces that no text becomes"
     )
