@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -64,9 +66,15 @@ def is_compressed(path: Path) -> bool:
     return is_packed(path) or kind_of(path) == "parquet"
 
 
-def open_file(path: Path) -> IO[bytes]:
-    """The bytes of a file, unpacked."""
-    return gzip.open(path) if is_packed(path) else path.open("rb")  # type: ignore[return-value]
+@contextmanager
+def reading(path: str | Path) -> Iterator[IO[bytes]]:
+    """Yield the bytes of a file, unpacked; DataError if they cannot be read inside the block."""
+    path = Path(path)
+    try:
+        with gzip.open(path) if is_packed(path) else path.open("rb") as file:
+            yield file  # type: ignore[misc]
+    except (OSError, EOFError, zlib.error) as error:
+        raise unreadable(str(path), error) from None
 
 
 def lines_in(file: IO[bytes], path: str, most: int) -> Iterator[bytes]:

@@ -11,7 +11,6 @@ The file is never held whole: a row is parsed as soon as its text is there.
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -20,9 +19,8 @@ from llamax.data.prepare.file_kinds import (
     BLOCK_BYTES,
     MAX_DOCUMENT,
     decoded,
-    open_file,
+    reading,
     too_long,
-    unreadable,
 )
 from llamax.runtime.errors import DataError
 from llamax.runtime.json_reader import MAX_DEPTH, too_deep
@@ -40,7 +38,7 @@ def json_rows(path: Path, most: int = MAX_DOCUMENT) -> Iterator[Any]:
     name = list_key(keys)
     if keys and name is None:
         raise DataError(f"{path}: is neither a list of rows nor an object with one; use JSONL")
-    with _opened(path) as file:
+    with reading(path) as file:
         reader = _Reader(file, path, most)
         if name is None:
             yield from reader.items()
@@ -58,7 +56,7 @@ def top_level_keys(path: Path, most: int = MAX_DOCUMENT) -> dict[str, bool]:
 
     Empty if the file holds another value.  Raises DataError as ``json_rows`` does.
     """
-    with _opened(path) as file:
+    with reading(path) as file:
         reader, keys = _Reader(file, path, most), {}
         if reader.peek() != "{":
             reader.skip()
@@ -77,27 +75,8 @@ def list_key(keys: dict[str, bool]) -> str | None:
 
 
 def _begins_with_list(path: Path, most: int) -> bool:
-    with _opened(path) as file:
+    with reading(path) as file:
         return _Reader(file, path, most).peek() == "["
-
-
-class _opened:
-    """A file in a ``with`` block; an error of reading or unpacking becomes a DataError."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> IO[bytes]:
-        try:
-            self.file = open_file(self.path)
-        except OSError as error:
-            raise unreadable(str(self.path), error) from None
-        return self.file
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.file.close()
-        if isinstance(error, OSError | EOFError | zlib.error):
-            raise unreadable(str(self.path), error) from None
 
 
 class _Reader:

@@ -12,12 +12,10 @@ Shorter texts are strings.
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from llamax.data.prepare.file_kinds import decode, decoded, open_file, unreadable
+from llamax.data.prepare.file_kinds import decode, decoded, reading
 
 LONG_BYTES = 2**20  # a text of more is read in pieces
 PIECE = 2**18  # characters of a string that are encoded at once
@@ -34,17 +32,14 @@ class LongText:
     def pieces(self) -> Iterator[str]:
         """The text in pieces; DataError for a file that cannot be read or is not UTF-8."""
         at = 0
-        try:
-            with open_file(Path(self.path)) as file:
-                for text in decoded(file, self.path):
-                    low, high = self.start - at, len(text) if self.stop is None else self.stop - at
-                    at += len(text)
-                    if high <= 0:
-                        return
-                    if piece := text[max(low, 0) : high]:
-                        yield piece
-        except (OSError, EOFError, zlib.error) as error:
-            raise unreadable(self.path, error) from None
+        with reading(self.path) as file:
+            for text in decoded(file, self.path):
+                low, high = self.start - at, len(text) if self.stop is None else self.stop - at
+                at += len(text)
+                if high <= 0:
+                    return
+                if piece := text[max(low, 0) : high]:
+                    yield piece
 
     def cut(self, share: float, least: int) -> tuple[LongText, LongText] | None:
         """The text without about ``share`` of it at the end, and that end; None if below ``least``.
@@ -73,11 +68,8 @@ Text = str | LongText
 
 def read_text(path: str) -> Text:
     """The text of a file, which is not held if it is long; DataError if it cannot be read."""
-    try:
-        with open_file(Path(path)) as file:
-            raw = file.read(LONG_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise unreadable(path, error) from None
+    with reading(path) as file:
+        raw = file.read(LONG_BYTES + 1)
     return LongText(path) if len(raw) > LONG_BYTES else decode(raw, path, 0)
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import csv
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,10 +33,9 @@ from llamax.data.prepare.file_kinds import (
     is_packed,
     kind_of,
     lines_in,
-    open_file,
+    reading,
     refuse_packed,
     too_long,
-    unreadable,
 )
 from llamax.data.prepare.hub_dataset import dataset_on_hub
 from llamax.data.prepare.json_stream import json_rows, list_key, top_level_keys
@@ -171,7 +169,7 @@ def scan(path: Path, most: int = MAX_DOCUMENT) -> Iterator[RowRange]:
     try:
         if kind == "csv":
             kind += _separator(path, most)
-        with open_file(path) as file:
+        with reading(path) as file:
             edges = _edges(file, kind, str(path), most)
             if kind != "jsonl":
                 _, start = next(edges, (0, 0))
@@ -180,8 +178,6 @@ def scan(path: Path, most: int = MAX_DOCUMENT) -> Iterator[RowRange]:
                     yield RowRange(str(path), kind, start, begin, first, count, version)
                     start, first, count = begin, first + count, 0
                 count, stop = count + 1, end
-    except (OSError, EOFError, zlib.error) as error:
-        raise unreadable(str(path), error) from None
     except csv.Error as error:
         raise DataError(
             f"{path}: row {first + count + 1} is not CSV ({error}); correct its quotes"
@@ -221,13 +217,10 @@ def has_row_per_line(path: Path, key: str = "", most: int = MAX_DOCUMENT) -> boo
     An only line is a row if it has ``key``; without one, if it does not hold one list of rows.
     """
     first = second = b""
-    try:
-        with open_file(path) as file:
-            while not second and (line := file.readline(most + 1)):
-                if line.strip():
-                    first, second = (first, line) if first else (line, b"")
-    except (OSError, EOFError, zlib.error) as error:
-        raise unreadable(str(path), error) from None
+    with reading(path) as file:
+        while not second and (line := file.readline(most + 1)):
+            if line.strip():
+                first, second = (first, line) if first else (line, b"")
     first = first.removeprefix(MARK.encode())
     if not first.lstrip().startswith(b"{"):
         return False
@@ -247,7 +240,7 @@ def has_row_per_line(path: Path, key: str = "", most: int = MAX_DOCUMENT) -> boo
 
 def _separator(path: Path, most: int) -> str:
     """The separator in the head of a CSV if it is not a comma; otherwise empty."""
-    with open_file(path) as file:
+    with reading(path) as file:
         while (head := file.readline(most)) and not head.strip():
             pass
     return "" if b"," in head else next((mark for mark in ";\t|" if mark.encode() in head), "")
@@ -267,23 +260,20 @@ def read_rows(rows: RowRange, most: int = MAX_DOCUMENT) -> Iterator[tuple[str, R
         "parquet": parquet_rows,
         "arrow": arrow_rows,
     }.get(rows.kind, _csv)
-    try:
-        for number, row in enumerate(reader(rows, most)):
-            if number >= rows.skip + rows.count:
-                return
-            if number >= rows.skip:
-                place = f"{rows.path}: row {rows.first + number - rows.skip + 1}"
-                if isinstance(row, DataError):
-                    raise DataError(f"{place}: {row}")
-                if not isinstance(row, dict):
-                    raise DataError(f"{place}: is {type(row).__name__}, not an object; correct it")
-                yield place, row
-    except (OSError, EOFError, zlib.error) as error:
-        raise unreadable(rows.path, error) from None
+    for number, row in enumerate(reader(rows, most)):
+        if number >= rows.skip + rows.count:
+            return
+        if number >= rows.skip:
+            place = f"{rows.path}: row {rows.first + number - rows.skip + 1}"
+            if isinstance(row, DataError):
+                raise DataError(f"{place}: {row}")
+            if not isinstance(row, dict):
+                raise DataError(f"{place}: is {type(row).__name__}, not an object; correct it")
+            yield place, row
 
 
 def _lines(rows: RowRange, most: int) -> Iterator[Any]:
-    with open_file(Path(rows.path)) as file:
+    with reading(rows.path) as file:
         file.seek(rows.start)
         at = rows.start
         for line in lines_in(file, rows.path, most):
@@ -302,7 +292,7 @@ def _array(rows: RowRange, most: int) -> Iterator[Any]:
 def _csv(rows: RowRange, most: int) -> Iterator[Any]:
     csv.field_size_limit(2**31 - 1)
     delimiter = DELIMITERS[rows.kind]
-    with open_file(Path(rows.path)) as file:
+    with reading(rows.path) as file:
 
         def records(start: int, stop: int) -> Iterator[list[str]]:
             def lines() -> Iterator[str]:

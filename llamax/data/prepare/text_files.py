@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import fnmatch
 import os
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from llamax.data.prepare.file_kinds import (
     decode,
     is_packed,
     kind_of,
-    open_file,
+    reading,
     refuse_packed,
     too_long,
     unreadable,
@@ -272,33 +271,30 @@ def _count_others(row: Row, key: str, unread: Counter[str]) -> None:
 
 def _rows(source: Source, key: str, unread: Counter[str], most: int) -> Iterator[str]:
     """The texts of the rows that begin in start:stop."""
-    try:
-        with open_file(Path(source.path)) as file:
-            at, number, packed = source.start, 0, source.packed
-            if at:
-                at -= 1
-                file.seek(at)
-                while at < source.stop and (piece := file.readline(BLOCK_BYTES)):
-                    at += len(piece)
-                    if piece.endswith(b"\n"):
-                        break
-            while packed or at < source.stop:
-                line = file.readline(most + 1)
-                if not line:
-                    return
-                number += 1
-                if len(line) > most:
-                    place = f"{source.path}:{number + _lines_before(source)}: the row"
-                    raise too_long(place, most)
-                size = len(line)
-                if line.strip():
-                    row = _row(line, key, source, at, number)
-                    line = b""  # a long one is not held while its text is encoded
-                    _count_others(row, key, unread)
-                    yield str(row[key])
-                at += size
-    except (OSError, EOFError, zlib.error) as error:
-        raise unreadable(source.path, error) from None
+    with reading(source.path) as file:
+        at, number, packed = source.start, 0, source.packed
+        if at:
+            at -= 1
+            file.seek(at)
+            while at < source.stop and (piece := file.readline(BLOCK_BYTES)):
+                at += len(piece)
+                if piece.endswith(b"\n"):
+                    break
+        while packed or at < source.stop:
+            line = file.readline(most + 1)
+            if not line:
+                return
+            number += 1
+            if len(line) > most:
+                place = f"{source.path}:{number + _lines_before(source)}: the row"
+                raise too_long(place, most)
+            size = len(line)
+            if line.strip():
+                row = _row(line, key, source, at, number)
+                line = b""  # a long one is not held while its text is encoded
+                _count_others(row, key, unread)
+                yield str(row[key])
+            at += size
 
 
 def _row(line: bytes, key: str, source: Source, at: int, number: int) -> Row:

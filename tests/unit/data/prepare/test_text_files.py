@@ -6,7 +6,6 @@ import io
 import json
 from collections import Counter
 from pathlib import Path
-from typing import IO
 
 import pytest
 
@@ -28,10 +27,7 @@ def read_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             sizes.append(len(line))
             return line
 
-    def open_file(path: Path) -> IO[bytes]:
-        return Counting(io.FileIO(path))
-
-    monkeypatch.setattr(text_files, "open_file", open_file)
+    monkeypatch.setattr(text_files, "reading", lambda path: Counting(io.FileIO(path)))
     monkeypatch.setattr(file_kinds, "CHUNK_BYTES", 1000)
     monkeypatch.setattr(text_files, "BLOCK_BYTES", 100)
     return sizes
