@@ -41,27 +41,6 @@ class LongText:
                 if piece := text[max(low, 0) : high]:
                     yield piece
 
-    def cut(self, share: float, least: int) -> tuple[LongText, LongText] | None:
-        """The text without about ``share`` of it at the end, and that end; None if below ``least``.
-
-        The end begins after the last line break before it, else after the last space.
-        """
-        length = sum(map(len, self.pieces()))
-        held = round(length * share)
-        if held < least:
-            return None
-        cut, low, at = length - held, max(0, length - 2 * held), 0
-        places = {"\n": -1, " ": -1}
-        for text in self.pieces():
-            for mark in places:
-                if (place := text.rfind(mark, max(0, low - at), max(0, cut - at))) >= 0:
-                    places[mark] = at + place
-            at += len(text)
-            if at >= cut:
-                break
-        place = next((place + 1 for place in places.values() if place >= 0), cut)
-        return replace(self, stop=place), replace(self, start=place)
-
 
 Text = str | LongText
 
@@ -79,6 +58,31 @@ def pieces_of(text: Text) -> Iterator[str]:
         yield from text.pieces()
     else:
         yield from (text[at : at + PIECE] for at in range(0, len(text), PIECE))
+
+
+def without_end(text: Text, share: float, least: int) -> tuple[Text, ...]:
+    """A whole text without about ``share`` of it at the end, and that end.
+
+    The end begins after the last line break before it, else after the last space.  Only the text
+    where the end would have fewer than ``least`` characters.
+    """
+    length = sum(map(len, pieces_of(text)))
+    held = round(length * share)
+    if held < least:
+        return (text,)
+    cut, low, at = length - held, max(0, length - 2 * held), 0
+    places = {"\n": -1, " ": -1}
+    for piece in pieces_of(text):
+        for mark in places:
+            if (place := piece.rfind(mark, max(0, low - at), max(0, cut - at))) >= 0:
+                places[mark] = at + place
+        at += len(piece)
+        if at >= cut:
+            break
+    place = next((place + 1 for place in places.values() if place >= 0), cut)
+    if isinstance(text, str):
+        return text[:place], text[place:]
+    return replace(text, stop=place), replace(text, start=place)
 
 
 def lines_of(text: Text) -> Iterator[str]:

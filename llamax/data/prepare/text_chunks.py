@@ -13,7 +13,14 @@ import numpy as np
 
 from llamax.data.prepare.chunks import Encoded, header_of, part_name
 from llamax.data.prepare.file_kinds import MAX_DOCUMENT
-from llamax.data.prepare.long_text import PIECE, LongText, Text, digest, pieces_of
+from llamax.data.prepare.long_text import (
+    PIECE,
+    LongText,
+    Text,
+    digest,
+    pieces_of,
+    without_end,
+)
 from llamax.data.prepare.row_range import RowRange
 from llamax.data.prepare.text_files import Source, documents
 from llamax.data.tokenizer.cuts import Ids, encode_in_pieces
@@ -126,23 +133,11 @@ def split_documents(
     Of an only text the end is a document of the validation split, from a line break or a space on.
     """
     for text in documents(chunk.sources, settings.key, unread, chunk.most):
-        if not chunk.only:
-            yield text, not chunk.split and is_validation(text, settings.validation)
-        elif isinstance(text, LongText):
-            if parts := text.cut(settings.validation, LEAST_HELD_OUT):
-                yield from zip(parts, (False, True), strict=True)
-            else:
-                yield text, False
-        elif (held := round(len(text) * settings.validation)) < LEAST_HELD_OUT:
-            yield text, False
+        if chunk.only:
+            parts = without_end(text, settings.validation, LEAST_HELD_OUT)
+            yield from zip(parts, (False, True), strict=False)
         else:
-            cut = len(text) - held
-            for mark in "\n ":
-                if (place := text.rfind(mark, max(0, cut - held), cut)) >= 0:
-                    cut = place + 1
-                    break
-            yield text[:cut], False
-            yield text[cut:], True
+            yield text, not chunk.split and is_validation(text, settings.validation)
 
 
 def is_validation(text: Text, fraction: float) -> bool:
