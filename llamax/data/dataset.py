@@ -225,7 +225,7 @@ def _streams(
 
 
 def _open_blend(path: str, words: list[str], verify: Verify, vocab_size: int) -> Dataset:
-    weights = [_weight(word) for word in words[::2]]
+    weights = [_weight(word) or 0.0 for word in words[::2]]
     wrong = next((w for w, weight in zip(words[::2], weights, strict=True) if not weight), None)
     if len(words) % 2 or wrong is not None:
         problem = (
@@ -251,7 +251,7 @@ def _open_blend(path: str, words: list[str], verify: Verify, vocab_size: int) ->
             f"({(first.fingerprint or '')[:12]} and {(second.fingerprint or '')[:12]}); prepare "
             "both with one"
         )
-    pairs = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
+    pairs = list(zip(parts, weights, strict=True))
     held_out = [(part.validation, w) for part, w in pairs if part.validation is not None]
     return Dataset(
         Path(path),

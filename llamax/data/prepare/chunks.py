@@ -280,10 +280,7 @@ def disk_space(folder: Path, needed_bytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-        ):  # EFBIG is a limit on sizes, not a full disk
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # EFBIG: a limit on sizes, not on room
             raise
         raise DataError(
             f"{folder}: no space left: about {needed_bytes} bytes needed, {show_free(folder)}; "

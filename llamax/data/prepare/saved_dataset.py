@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llamax.runtime.errors import DataError
+from llamax.runtime.files import is_file_name
 from llamax.runtime.json_reader import JsonError, read_object
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
@@ -42,7 +43,7 @@ def splits_of(folder: Path) -> dict[str, Path]:
     if not (folder / SPLITS).is_file():
         return {}
     names = _object(folder / SPLITS).get("splits")
-    if not isinstance(names, list) or not all(map(_is_name, names)):
+    if not isinstance(names, list) or not all(map(is_file_name, names)):
         raise DataError(f"{folder / SPLITS}: names no splits; save the dataset again")
     for name in names:
         if not is_saved(folder / name):
@@ -61,7 +62,7 @@ def files_of(folder: Path) -> list[Path]:
     found = state.get("_data_files")
     files = found if isinstance(found, list) else [None]
     names = [each.get("filename") if isinstance(each, dict) else None for each in files]
-    if not all(map(_is_name, names)):
+    if not all(map(is_file_name, names)):
         raise DataError(f"{folder / STATE}: names no files of rows; save the dataset again")
     paths = [folder / str(name) for name in names]
     for path in paths:
@@ -122,8 +123,3 @@ def _object(path: Path) -> dict[str, Any]:
         return read_object(path)
     except (OSError, JsonError) as error:
         raise DataError(f"{path}: cannot be read ({error}); save the dataset again") from None
-
-
-def _is_name(name: object) -> bool:
-    """Whether a name of a file or folder lies in its folder."""
-    return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name
