@@ -16,6 +16,7 @@ to other ranks at once.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -30,7 +31,7 @@ from typing import Any
 from llamax.checkpoint.lock import lock_abandoned, lock_folder
 from llamax.config.constants import LOCK_FILE
 from llamax.runtime.address import refuse_address
-from llamax.runtime.errors import CheckpointError, NoRoom, Terminated
+from llamax.runtime.errors import CheckpointError, LlamaxError, NoRoom, Terminated
 from llamax.runtime.files import (
     NO_ROOM,
     new_file,
@@ -85,8 +86,14 @@ def read_note(path: Path) -> Any:
         raise CheckpointError(f"{path} {error}; see the log of that rank") from None
 
 
+def failure_note(error: BaseException) -> str:
+    """The text of a note that tells other ranks why this one failed."""
+    why = str(error) if isinstance(error, LlamaxError) else repr(error)
+    return json.dumps({"why": why, "no_room": isinstance(error, NoRoom)})
+
+
 def failure_of(note: Any, what: str) -> CheckpointError:
-    """The error of another rank, from its note with ``why`` and ``no_room``."""
+    """The error of another rank, from its ``failure_note``."""
     note = note if isinstance(note, dict) else {}
     error = NoRoom if note.get("no_room") is True else CheckpointError
     return error(f"{what}: {note.get('why', 'see its log')}")

@@ -125,16 +125,14 @@ def check_made_so(model_class: type[Llama], options: Mapping[str, Any]) -> None:
 
 def check_model_class(model: Llama, config: Config) -> None:
     """Raise ConfigError where a run could not train, keep or write all of such a model."""
-    name, plain = (
-        type(model).__qualname__,
-        not own_names(model.sharded_parameters().hub_shapes(), config.model),
-    )
+    name = type(model).__qualname__
+    own = own_names(model.sharded_parameters().hub_shapes(), config.model)
     if config.finetune.method != "full":
         raise ConfigError(
             f"finetune.method={config.finetune.method} freezes all of {name} but the adapters; use "
             "finetune.method=full with a model class of your own"
         )
-    if config.checkpoint.also_hf and not plain:
+    if config.checkpoint.also_hf and own:
         raise ConfigError(
             f"checkpoint.also_hf=true, but a Hugging Face folder cannot describe the parameters "
             f"that {name} adds to Llama; use checkpoint.also_hf=false"

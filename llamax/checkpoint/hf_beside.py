@@ -11,7 +11,6 @@ the file system, so that no collective runs beside those of training.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -19,10 +18,16 @@ from contextlib import suppress
 from pathlib import Path
 
 from llamax.checkpoint import hf_writer, slabs
-from llamax.checkpoint.atomic import explain_write_errors, failure_of, read_note, write_note
+from llamax.checkpoint.atomic import (
+    explain_write_errors,
+    failure_note,
+    failure_of,
+    read_note,
+    write_note,
+)
 from llamax.checkpoint.manifest import DONE
 from llamax.checkpoint.reader import Checkpoint
-from llamax.runtime.errors import CheckpointError, LlamaxError, NoRoom
+from llamax.runtime.errors import CheckpointError, LlamaxError
 from llamax.runtime.files import (
     make_folder,
     new_file,
@@ -90,12 +95,10 @@ def _note(rank: int) -> str:
 
 def _report(part: Path, rank: int, error: BaseException) -> None:
     """Tell rank 0 why this rank failed; where no text can be written, by an empty file."""
-    why = str(error) if isinstance(error, LlamaxError) else repr(error)
-    note = {"why": why, "no_room": isinstance(error, NoRoom)}
     with suppress(OSError, LlamaxError):
         make_folder(part)
         try:
-            write_note(part / _note(rank), json.dumps(note))
+            write_note(part / _note(rank), failure_note(error))
         except (OSError, LlamaxError):
             open(part / _note(rank), "wb", opener=new_file).close()
 

@@ -10,6 +10,7 @@ weights are refused.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from llamax.checkpoint import manifest
+from llamax.checkpoint.atomic import explain_write_errors
 from llamax.checkpoint.hf_files import StoredWeight, names_without_index, read_weights
 from llamax.checkpoint.hf_quantized import check_quantization
 from llamax.checkpoint.listing import find_checkpoint, newest_checkpoint
@@ -32,7 +34,7 @@ from llamax.checkpoint.source import Piece, Source
 from llamax.config.model import MAX_LAYERS
 from llamax.runtime import json_reader
 from llamax.runtime.errors import CheckpointError
-from llamax.runtime.files import is_file_name
+from llamax.runtime.files import is_file_name, new_file
 from llamax.runtime.hub import local_folder
 from llamax.runtime.hub_files import ADAPTER_CONFIG as ADAPTER_CONFIG
 from llamax.runtime.hub_files import CONFIG_JSON as CONFIG_JSON
@@ -127,9 +129,6 @@ class HfFolder(Source):
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entries[name].shape
-
-    def kinds(self, name: str) -> tuple[str, ...]:
-        return ("weight",)
 
     def dtype(self, name: str, kind: str = "weight") -> torch.dtype:
         return self._entries[name].dtype
@@ -279,6 +278,16 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     except JsonError as error:
         raise CheckpointError(f"{path} {error}; download it again") from None
+
+
+def write_json(path: Path, value: dict[str, object]) -> None:
+    """Write an indented JSON file; CheckpointError or NoRoom if the disk refuses."""
+    text = json.dumps(value, indent=2) + "\n"
+    with (
+        explain_write_errors(path, len(text)),
+        open(path, "w", encoding="utf-8", opener=new_file) as file,
+    ):
+        file.write(text)
 
 
 def has_tokenizer(folder: Path) -> bool:

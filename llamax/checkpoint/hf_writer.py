@@ -13,7 +13,6 @@ files while training continues (``checkpoint.also_hf``).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,13 +23,13 @@ from torch import Tensor
 
 from llamax.checkpoint import hf_folder, slabs
 from llamax.checkpoint.atomic import explain_write_errors
+from llamax.checkpoint.hf_folder import write_json
 from llamax.checkpoint.places import config_beside, cut_from, dataset_of, find_folder
 from llamax.checkpoint.plain_llama import check_plain
-from llamax.checkpoint.prompt_record import prompt_of, write_chat_template
+from llamax.checkpoint.prompt_record import prompt_of, write_prompt
 from llamax.checkpoint.safetensors_io import build_header, write_tensor_at
 from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig
-from llamax.data.chat.record import FILE
 from llamax.data.tokenizer.hf_export import export_tokenizer
 from llamax.data.tokenizer.hf_tokenizer import HuggingFace
 from llamax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -187,9 +186,7 @@ def write_metadata(
             {"metadata": {"total_size": total}, "weight_map": weight_map},
         )
     write_tokenizer(source, model, tokenizer, folder)
-    if prompt := prompt_of(source):
-        write_json(folder / FILE, prompt.to_json())
-        write_chat_template(prompt, folder)
+    write_prompt(source, folder)
 
 
 def generation_config(source: Source, model: ModelConfig) -> dict[str, object]:
@@ -280,13 +277,3 @@ def write_tokenizer(source: Source, model: ModelConfig, given: Path | None, fold
         return
     with explain_write_errors(folder / "tokenizer.json", path.stat().st_size):
         export_tokenizer(tokenizer, folder, model.max_position_embeddings)
-
-
-def write_json(path: Path, value: dict[str, object]) -> None:
-    """Write an indented JSON file; CheckpointError or NoRoom if the disk refuses."""
-    text = json.dumps(value, indent=2) + "\n"
-    with (
-        explain_write_errors(path, len(text)),
-        open(path, "w", encoding="utf-8", opener=new_file) as file,
-    ):
-        file.write(text)

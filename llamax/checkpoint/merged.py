@@ -122,9 +122,6 @@ class Merged(Source):
     def shape(self, name: str) -> tuple[int, ...]:
         return self.base.shape(self._stored(name))
 
-    def kinds(self, name: str) -> tuple[str, ...]:
-        return ("weight",)
-
     def dtype(self, name: str, kind: str = "weight") -> torch.dtype:
         return self.base.dtype(self._stored(name), kind)
 

@@ -37,19 +37,18 @@ from llamax.checkpoint.hf_folder import (
     PICKLED_WEIGHTS,
     check_floating,
     read_json,
+    write_json,
 )
-from llamax.checkpoint.hf_writer import write_json
 from llamax.checkpoint.listing import find_checkpoint
 from llamax.checkpoint.peft_settings import PeftSettings, problems
 from llamax.checkpoint.places import find_folder
-from llamax.checkpoint.prompt_record import prompt_of, write_chat_template
+from llamax.checkpoint.prompt_record import write_prompt
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.runs import Run, whole_run
 from llamax.checkpoint.safetensors_io import TensorEntry, read_header, write_safetensors
 from llamax.checkpoint.source import Piece, Source
 from llamax.config.rules.finetune import LINEAR
 from llamax.config.schema import FinetuneConfig
-from llamax.data.chat.record import FILE
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.hub import local_folder
 from llamax.runtime.hub_files import MODEL
@@ -163,9 +162,6 @@ class PeftFolder(Source):
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entries[name].shape
-
-    def kinds(self, name: str) -> tuple[str, ...]:
-        return ("weight",)
 
     def dtype(self, name: str, kind: str = "weight") -> torch.dtype:
         return self._entries[name].dtype
@@ -290,7 +286,5 @@ def export_adapter(adapter: Checkpoint, out: Path | str) -> Path:
         write_safetensors(folder / ADAPTER_WEIGHTS, streams)
         for name, value in ((ADAPTER_CONFIG, config), (BASE_JSON, info.state()["base"])):
             write_json(folder / name, value)
-        if prompt := prompt_of(adapter):
-            write_json(folder / FILE, prompt.to_json())
-            write_chat_template(prompt, folder)
+        write_prompt(adapter, folder)
     return Path(out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llamax.checkpoint.atomic import explain_write_errors
-from llamax.checkpoint.hf_folder import read_json
+from llamax.checkpoint.hf_folder import read_json, write_json
 from llamax.checkpoint.places import dataset_of
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.source import Source
@@ -38,11 +38,16 @@ def _of_dataset(checkpoint: Checkpoint) -> PromptRecord | None:
     return PromptRecord.of(read_json(dataset / "dataset.json").get(PROMPT))
 
 
-def write_chat_template(record: PromptRecord, folder: Path) -> None:
-    """Write the chat template of a record in the place of another one."""
-    if not record.chat_template:
+def write_prompt(source: Source, folder: Path) -> None:
+    """Write the prompt record of a model, if it has one, and its chat template in place of others.
+
+    Raises CheckpointError or NoRoom if the disk refuses.
+    """
+    if (record := prompt_of(source)) is None:
         return
-    path, raw = folder / TEMPLATE_FILE, record.chat_template.encode()
-    with explain_write_errors(path, len(raw)):
-        path.unlink(missing_ok=True)
-        path.write_bytes(raw)
+    write_json(folder / FILE, record.to_json())
+    if record.chat_template:
+        path, raw = folder / TEMPLATE_FILE, record.chat_template.encode()
+        with explain_write_errors(path, len(raw)):
+            path.unlink(missing_ok=True)
+            path.write_bytes(raw)

@@ -35,7 +35,13 @@ from torch.nn import Parameter
 
 from llamax.checkpoint import listing
 from llamax.checkpoint import manifest as files
-from llamax.checkpoint.atomic import explain_write_errors, failure_of, read_note, write_note
+from llamax.checkpoint.atomic import (
+    explain_write_errors,
+    failure_note,
+    failure_of,
+    read_note,
+    write_note,
+)
 from llamax.checkpoint.hf_beside import write_hf_folder_beside
 from llamax.checkpoint.load import Owned, Whole
 from llamax.checkpoint.owned_runs import is_writer, slices
@@ -306,9 +312,7 @@ class Saver:
             elif not folder.is_symlink():
                 for path in folder.glob(f"*-{self.rank_name}.*"):
                     path.unlink()
-                line = str(error) if isinstance(error, LlamaxError) else repr(error)
-                note = {"why": line, "no_room": isinstance(error, NoRoom)}
-                write_note(folder / f"failed-{self.rank_name}.json", json.dumps(note))
+                write_note(folder / f"failed-{self.rank_name}.json", failure_note(error))
             last = listing.newest_checkpoint(self.folder)
         except (OSError, CheckpointError):
             return error  # the disk is beyond help: rank 0 will miss this rank

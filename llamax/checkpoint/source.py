@@ -61,9 +61,9 @@ class Source(ABC):
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of the whole tensor."""
 
-    @abstractmethod
     def kinds(self, name: str) -> tuple[str, ...]:
         """What is kept of a tensor: weight, and perhaps master, exp_avg, exp_avg_sq."""
+        return ("weight",)
 
     @abstractmethod
     def dtype(self, name: str, kind: str = "weight") -> torch.dtype:

@@ -35,7 +35,7 @@ from llamax.checkpoint.formats.optimum import (
     SHARDS,
     OptimumCheckpoint,
 )
-from llamax.checkpoint.hf_writer import write_json
+from llamax.checkpoint.hf_folder import write_json
 from llamax.checkpoint.runs import whole_run
 from llamax.checkpoint.safetensors_io import (
     TAGS,
@@ -131,28 +131,6 @@ def import_checkpoint(
     return Imported(out, source.step, source.origin, len(source.shapes), kinds, total)
 
 
-class Lazy:
-    """One tensor, joined from its parts when the writer asks for it.
-
-    Numbers that are not finite are copied as they are, with a warning.
-    """
-
-    def __init__(self, source: ForeignCheckpoint, name: str, kind: str) -> None:
-        self.source, self.name, self.kind = source, name, kind
-
-    def __iter__(self) -> Iterator[Tensor]:
-        tensor = self.source.read(self.name, self.kind)
-        if not tensor.isfinite().all():
-            logger.warning(
-                "%s: %s (%s) holds numbers that are not finite: the training diverged or the files "
-                "are damaged; use an earlier checkpoint",
-                self.source.folder,
-                self.name,
-                self.kind,
-            )
-        yield tensor
-
-
 def guess(folder: Path) -> str:
     """The format of a folder, by the files in it; CheckpointError if it is none of them."""
     if not folder.is_dir():
@@ -199,7 +177,24 @@ def outgoing(
     """A tensor to write into a file, under ``key``; ``flat``: as one dimension."""
     shape = source.shapes[name]
     shape = (math.prod(shape),) if flat else shape
-    return TensorStream(key, source.dtype(name, kind), shape, Lazy(source, name, kind))
+    return TensorStream(key, source.dtype(name, kind), shape, joined(source, name, kind))
+
+
+def joined(source: ForeignCheckpoint, name: str, kind: str) -> Iterator[Tensor]:
+    """One tensor, joined from its parts when the writer asks for it.
+
+    Numbers that are not finite are copied as they are, with a warning.
+    """
+    tensor = source.read(name, kind)
+    if not tensor.isfinite().all():
+        logger.warning(
+            "%s: %s (%s) holds numbers that are not finite: the training diverged or the files are "
+            "damaged; use an earlier checkpoint",
+            source.folder,
+            name,
+            kind,
+        )
+    yield tensor
 
 
 def size_bytes(source: ForeignCheckpoint, name: str, kind: str = "weight") -> int:
