@@ -21,10 +21,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from llamax.checkpoint.hf_quantized import PackedWeight, find_packed
-from llamax.checkpoint.runs import Run, is_tiling, whole_run
+from llamax.checkpoint.manifest_index import tiles
+from llamax.checkpoint.runs import Run, whole_run
 from llamax.checkpoint.safetensors_io import TensorEntry, read_header, read_metadata
 from llamax.checkpoint.source import Piece
 from llamax.runtime.errors import CheckpointError
@@ -125,7 +127,7 @@ def _joined(name: str, parts: list[_Part]) -> StoredWeight:
         width = columns * inner
         run = Run(left * inner, width, part.offsets[0] * width, sizes[0] * width)
         pieces.append(Piece(part.path, part.entry.offset, run))
-    if not is_tiling(shape, [piece.run for piece in pieces]):
+    if not tiles(shape, np.array(sorted((0, *piece.run) for piece in pieces))):
         raise _not_whole(first.path.parent, name)
     return StoredWeight(first.entry.dtype, shape, pieces)
 

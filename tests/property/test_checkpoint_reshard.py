@@ -10,9 +10,10 @@ import support.checkpoints as worlds
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.tiling import is_tiling
 
 from llamax.checkpoint import Checkpoint, load_weights
-from llamax.checkpoint.runs import Run, is_tiling, overlaps
+from llamax.checkpoint.runs import Run, overlaps
 
 MESHES = [*itertools.product((1, 2, 4), (1, 2, 4), (1, 0))]
 

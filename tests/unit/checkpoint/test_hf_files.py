@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from support.saving import refused
 from torch import Tensor
 
 from llamax.checkpoint.hf_folder import HfFolder
+from llamax.checkpoint.safetensors_io import read_metadata
 from llamax.cli.inspect import main as inspect_main
 
 MODEL = worlds.llama()
@@ -128,6 +130,11 @@ def test_shards_of_ranks_as_torch_writes_them(tmp_path: Path) -> None:
     refused("does not state which: it has no DCP_SHARDING_INFO", lambda: HfFolder(folder))
     save_file(load_file(tmp_path / "aside"), path, {"DCP_SHARDING_INFO": "{"})
     refused("does not state which: it has no DCP_SHARDING_INFO", lambda: HfFolder(folder))
+    stated = read_metadata(tmp_path / "aside")["DCP_SHARDING_INFO"]
+    for far in (2**40, 2**63, 2**70):
+        changed = re.sub(r'("saved_offsets": \[)\d+', rf"\g<1>{far}", stated)
+        save_file(load_file(tmp_path / "aside"), path, {"DCP_SHARDING_INFO": changed})
+        refused("in its files make no whole tensor; copy all files", lambda: HfFolder(folder))
 
 
 QUANTIZED = {"quant_method": "bitsandbytes", "load_in_4bit": True}

@@ -7,9 +7,10 @@ import random
 
 import numpy as np
 import pytest
+from support.tiling import is_tiling
 
 from llamax.checkpoint.manifest_index import NO_RUNS, KindRecord, Runs, near, tiles
-from llamax.checkpoint.runs import Run, is_tiling, overlaps
+from llamax.checkpoint.runs import Run, overlaps
 
 
 def cut(shape: tuple[int, int], seed: int) -> KindRecord:
