@@ -29,6 +29,7 @@ from llamax.checkpoint.safetensors_io import (
     Progress,
     no_progress,
 )
+from llamax.checkpoint.source import dtype_name
 from llamax.config.choices import WEIGHT_DTYPES
 from llamax.runtime.errors import CheckpointError, ConfigError
 from llamax.runtime.process import defer_signals, leave_with_parent
@@ -143,7 +144,7 @@ def _fill(planned: PlannedTensor) -> int:
 
 def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """The type that a name stands for; ConfigError for a type in which no folder is written."""
-    name = dtype if isinstance(dtype, str | None) else str(dtype).removeprefix("torch.")
+    name = dtype if isinstance(dtype, str | None) else dtype_name(dtype)
     if not name:
         return None
     if name not in WEIGHT_DTYPES:

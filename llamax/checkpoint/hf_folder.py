@@ -36,16 +36,20 @@ from llamax.runtime import json_reader
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.files import is_file_name, new_file
 from llamax.runtime.hub import local_folder
-from llamax.runtime.hub_files import ADAPTER_CONFIG as ADAPTER_CONFIG
-from llamax.runtime.hub_files import CONFIG_JSON as CONFIG_JSON
-from llamax.runtime.hub_files import GENERATION_CONFIG as GENERATION_CONFIG
-from llamax.runtime.hub_files import MODEL
-from llamax.runtime.hub_files import TOKENIZER_FILES as TOKENIZER_FILES
+from llamax.runtime.hub_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG_JSON,
+    GENERATION_CONFIG,
+    INDEX_JSON,
+    MODEL,
+    SINGLE_FILE,
+    TOKENIZER_FILES,
+)
 from llamax.runtime.json_reader import JsonError
 from llamax.runtime.logging import logger
 
-ADAPTER_WEIGHTS, PICKLED_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
-SINGLE_FILE, INDEX_JSON = "model.safetensors", "model.safetensors.index.json"
+PICKLED_WEIGHTS = "adapter_model.bin"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 MAX_JSON_BYTES = 64 << 20
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

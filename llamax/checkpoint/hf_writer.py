@@ -14,21 +14,21 @@ files while training continues (``checkpoint.also_hf``).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from llamax.checkpoint import hf_folder, slabs
+from llamax.checkpoint import slabs
 from llamax.checkpoint.atomic import explain_write_errors
-from llamax.checkpoint.hf_folder import write_json
+from llamax.checkpoint.hf_folder import HfFolder, write_json
 from llamax.checkpoint.places import config_beside, cut_from, dataset_of, find_folder
 from llamax.checkpoint.plain_llama import check_plain
 from llamax.checkpoint.prompt_record import prompt_of, write_prompt
 from llamax.checkpoint.safetensors_io import build_header, write_tensor_at
-from llamax.checkpoint.source import Source
+from llamax.checkpoint.source import Source, dtype_name
 from llamax.config.model import ModelConfig
 from llamax.data.tokenizer.hf_export import export_tokenizer
 from llamax.data.tokenizer.hf_tokenizer import HuggingFace
@@ -36,7 +36,14 @@ from llamax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llamax.runtime.errors import CheckpointError, HubError
 from llamax.runtime.files import copy_file, new_file
 from llamax.runtime.hub import local_folder
-from llamax.runtime.hub_files import CONFIG
+from llamax.runtime.hub_files import (
+    CONFIG,
+    CONFIG_JSON,
+    GENERATION_CONFIG,
+    INDEX_JSON,
+    SINGLE_FILE,
+    TOKENIZER_FILES,
+)
 from llamax.runtime.hub_name import hub_name
 from llamax.runtime.logging import logger
 
@@ -72,26 +79,32 @@ def plan_files(
             "llamax merge"
         )
     check_plain(source, "a Hugging Face folder")
-    chosen, files = [], [0]
+    planned = []
     for name in source.names():
         masters = dtype == torch.float32 and "master" in source.kinds(name)
-        as_dtype = dtype or source.dtype(name)
-        tensor = PlannedTensor(
-            name, "master" if masters else "weight", as_dtype, source.shape(name), ""
-        )
-        if files[-1] and files[-1] + tensor.size_bytes > max_shard_bytes:
-            files.append(0)
-        files[-1] += tensor.size_bytes
-        chosen.append((len(files), tensor))
-    several = len(files) > 1
-    return [
-        tensor._replace(
-            file=f"model-{n:05d}-of-{len(files):05d}.safetensors"
-            if several
-            else hf_folder.SINGLE_FILE
-        )
-        for n, tensor in chosen
-    ]
+        kind, as_dtype = "master" if masters else "weight", dtype or source.dtype(name)
+        planned.append(PlannedTensor(name, kind, as_dtype, source.shape(name), ""))
+    files = assign_files({tensor.name: tensor.size_bytes for tensor in planned}, max_shard_bytes)
+    return [tensor._replace(file=files[tensor.name]) for tensor in planned]
+
+
+def assign_files(sizes: Mapping[str, int], max_shard_bytes: int) -> dict[str, str]:
+    """The file of each tensor, in the order of ``sizes`` (bytes by name); see ``plan_files``."""
+    numbers, number, held = {}, 1, 0
+    for name, size_bytes in sizes.items():
+        if held and held + size_bytes > max_shard_bytes:
+            number, held = number + 1, 0
+        numbers[name], held = number, held + size_bytes
+    if number == 1:
+        return dict.fromkeys(numbers, SINGLE_FILE)
+    return {name: f"model-{n:05d}-of-{number:05d}.safetensors" for name, n in numbers.items()}
+
+
+def write_index(folder: Path, files: Mapping[str, str], size_bytes: int) -> None:
+    """Write which tensor is in which file, of ``size_bytes`` in all; a single file needs none."""
+    if SINGLE_FILE not in files.values():
+        index = {"metadata": {"total_size": size_bytes}, "weight_map": dict(sorted(files.items()))}
+        write_json(folder / INDEX_JSON, index)
 
 
 def allocate_files(folder: Path, planned: Sequence[PlannedTensor]) -> dict[str, int]:
@@ -174,17 +187,10 @@ def write_metadata(
             model.hidden_size,
             model.head_dim,
         )
-    write_json(
-        folder / hf_folder.CONFIG_JSON, model.to_hub(str(planned[0].dtype).removeprefix("torch."))
-    )
-    write_json(folder / hf_folder.GENERATION_CONFIG, generation_config(source, model))
-    if planned[-1].file != hf_folder.SINGLE_FILE:
-        weight_map = {tensor.name: tensor.file for tensor in sorted(planned)}
-        total = sum(tensor.size_bytes for tensor in planned)
-        write_json(
-            folder / hf_folder.INDEX_JSON,
-            {"metadata": {"total_size": total}, "weight_map": weight_map},
-        )
+    write_json(folder / CONFIG_JSON, model.to_hub(dtype_name(planned[0].dtype)))
+    write_json(folder / GENERATION_CONFIG, generation_config(source, model))
+    files = {tensor.name: tensor.file for tensor in planned}
+    write_index(folder, files, sum(tensor.size_bytes for tensor in planned))
     write_tokenizer(source, model, tokenizer, folder)
     write_prompt(source, folder)
 
@@ -197,7 +203,7 @@ def generation_config(source: Source, model: ModelConfig) -> dict[str, object]:
     """
     generation = dict(source.generation)
     if not generation and (base := _base_folder(source)):
-        generation = dict(hf_folder.HfFolder(base).generation)
+        generation = dict(HfFolder(base).generation)
     ends = [*model.eos_token_ids, *_ids(generation.get("eos_token_id"))]
     prompt = prompt_of(source)
     ends = list(dict.fromkeys([*ends, *(prompt.turn_ends if prompt else ())]))
@@ -226,7 +232,7 @@ def _base_folder(source: Source) -> Path | None:
             folder = local_folder(named, CONFIG)
         except HubError:  # as a folder that is not present
             return None
-    return folder if folder and (folder / hf_folder.GENERATION_CONFIG).is_file() else None
+    return folder if folder and (folder / GENERATION_CONFIG).is_file() else None
 
 
 def tensors_of_rank(
@@ -270,7 +276,7 @@ def write_tokenizer(source: Source, model: ModelConfig, given: Path | None, fold
     check_tokenizer_fits(tokenizer, path, model.vocab_size, "give the model's with `tokenizer`")
     copied = isinstance(tokenizer, HuggingFace) or (given and (path / "tokenizer.json").is_file())
     if copied and path.is_dir() and (path / "tokenizer_config.json").is_file():
-        for name in hf_folder.TOKENIZER_FILES:
+        for name in TOKENIZER_FILES:
             if (path / name).is_file():
                 with explain_write_errors(folder / name, (path / name).stat().st_size):
                     copy_file(path / name, folder / name)

@@ -31,14 +31,7 @@ from llamax.checkpoint import slabs
 from llamax.checkpoint.adapter_record import AdapterInfo as AdapterInfo
 from llamax.checkpoint.adapter_record import base_problems, recorded
 from llamax.checkpoint.atomic import new_folder
-from llamax.checkpoint.hf_folder import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    PICKLED_WEIGHTS,
-    check_floating,
-    read_json,
-    write_json,
-)
+from llamax.checkpoint.hf_folder import PICKLED_WEIGHTS, check_floating, read_json, write_json
 from llamax.checkpoint.listing import find_checkpoint
 from llamax.checkpoint.peft_settings import PeftSettings, problems
 from llamax.checkpoint.places import find_folder
@@ -51,10 +44,9 @@ from llamax.config.rules.finetune import LINEAR
 from llamax.config.schema import FinetuneConfig
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.hub import local_folder
-from llamax.runtime.hub_files import MODEL
+from llamax.runtime.hub_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_JSON, MODEL
 from llamax.runtime.hub_name import hub_name
 
-BASE_JSON = "base.json"
 PEFT_PREFIX = "base_model.model."
 SAMPLED_ELEMENTS = 64  # read for a fingerprint at the start, the middle and the end of a tensor
 MLP = ("gate_proj", "up_proj", "down_proj")

@@ -9,9 +9,8 @@ from llamax.checkpoint.hf_folder import read_json, write_json
 from llamax.checkpoint.places import dataset_of
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.source import Source
-from llamax.data.chat.record import FILE, PROMPT, PromptRecord
-
-TEMPLATE_FILE = "chat_template.jinja"
+from llamax.data.chat.record import PROMPT, PromptRecord
+from llamax.runtime.hub_files import CHAT_TEMPLATE, PROMPT_JSON
 
 
 def prompt_of(source: Source) -> PromptRecord | None:
@@ -24,7 +23,7 @@ def prompt_of(source: Source) -> PromptRecord | None:
     if isinstance(trained, Checkpoint):
         found = PromptRecord.of(trained.state.get(PROMPT)) or _of_dataset(trained)
     else:
-        path = trained.folder / FILE
+        path = trained.folder / PROMPT_JSON
         found = PromptRecord.of(read_json(path)) if path.is_file() else None
     if found is None and trained is not source:
         return prompt_of(source.untrained)
@@ -45,9 +44,9 @@ def write_prompt(source: Source, folder: Path) -> None:
     """
     if (record := prompt_of(source)) is None:
         return
-    write_json(folder / FILE, record.to_json())
+    write_json(folder / PROMPT_JSON, record.to_json())
     if record.chat_template:
-        path, raw = folder / TEMPLATE_FILE, record.chat_template.encode()
+        path, raw = folder / CHAT_TEMPLATE, record.chat_template.encode()
         with explain_write_errors(path, len(raw)):
             path.unlink(missing_ok=True)
             path.write_bytes(raw)

@@ -30,6 +30,7 @@ from llamax.checkpoint.safetensors_io import (
     write_safetensors,
 )
 from llamax.checkpoint.slabs import Buffers, Slabs, new_buffers
+from llamax.checkpoint.source import dtype_name
 from llamax.config.model import ModelConfig
 from llamax.data.chat.record import PROMPT
 from llamax.model.llama import Llama
@@ -74,7 +75,7 @@ def shard(
         llamax=LLAMAX,
         torch=torch.__version__,
         mesh={"tensor": tensor, "data": 1, "zero": 0},
-        model=model.config.to_hub(_dtype_name(source)),
+        model=model.config.to_hub(dtype_name(source.dtype(hf_folder.EMBEDDING))),
         state=_state(source),
         files=[],
     )
@@ -149,7 +150,3 @@ def _streams(
         )
         for name, run in _runs(share)
     ]
-
-
-def _dtype_name(source: hf_folder.HfFolder) -> str:
-    return str(source.dtype("model.embed_tokens.weight")).removeprefix("torch.")

@@ -108,8 +108,9 @@ class Source(ABC):
             return
         if not convert and torch.promote_types(stored, flat.dtype) != flat.dtype:
             raise CheckpointError(
-                f"{self.folder}: {name} ({kind}) is {_word(stored)}; taking it as "
-                f"{_word(flat.dtype)} would round it; use {_word(stored)} or convert it first"
+                f"{self.folder}: {name} ({kind}) is {dtype_name(stored)}; taking it as "
+                f"{dtype_name(flat.dtype)} would round it; use {dtype_name(stored)} or convert it "
+                "first"
             )
         most = SLAB_BYTES // stored.itemsize
         for start in range(0, run.length, most):
@@ -128,5 +129,6 @@ class Source(ABC):
         read_elements(piece.path, piece.offset, copies, into)
 
 
-def _word(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype, as configurations spell it."""
     return str(dtype).removeprefix("torch.")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from llamax.checkpoint.build_model import default_dtype, load_int8, load_tuned
-from llamax.checkpoint.hf_folder import ADAPTER_CONFIG, has_tokenizer, open_source
+from llamax.checkpoint.hf_folder import has_tokenizer, open_source
 from llamax.checkpoint.load import load_weights
 from llamax.checkpoint.peft import (
     AdapterInfo,
@@ -46,7 +46,7 @@ from llamax.parallel.collectives import Axis
 from llamax.runtime.errors import ConfigError, DataError
 from llamax.runtime.files import read_input
 from llamax.runtime.hub import local_folder
-from llamax.runtime.hub_files import MODEL, TOKENIZER
+from llamax.runtime.hub_files import ADAPTER_CONFIG, CHAT_TEMPLATE, MODEL, TOKENIZER
 from llamax.runtime.logging import logger
 from llamax.runtime.units import count, show_bytes
 
@@ -209,7 +209,7 @@ def chat_template(loaded: LoadedModel) -> str:
     folders = (loaded.adapter, loaded.source.folder, loaded.tokenizer.path.parent)
     for folder in filter(None, folders):
         config = folder / "tokenizer_config.json"
-        if (folder / "chat_template.jinja").is_file() or (
+        if (folder / CHAT_TEMPLATE).is_file() or (
             config.is_file() and b'"chat_template"' in read_input(config)
         ):
             return str(folder)

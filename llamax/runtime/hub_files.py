@@ -1,4 +1,4 @@
-"""Which files of a repository llamax needs: by name, and only those.
+"""The files of a model's folder, and which of them llamax needs of a repository: those alone.
 
 Pickles, ``original/`` and weights of other frameworks are never among them.
 """
@@ -13,17 +13,18 @@ from llamax.runtime.hub import Wanted
 CONFIG_JSON, GENERATION_CONFIG = "config.json", "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 CONFIG_FILES = (CONFIG_JSON, GENERATION_CONFIG, ADAPTER_CONFIG)
+CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
 )
-BESIDE = ("base.json", "llamax_prompt.json")  # what llamax export and llamax push add
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-ADAPTERS = "adapter_model.safetensors"
+BASE_JSON, PROMPT_JSON = "base.json", "llamax_prompt.json"  # what llamax adds to a folder
+SINGLE_FILE, INDEX_JSON = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 NUMBERED = re.compile(r"(model|shard-\d{5}-model)-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -40,13 +41,13 @@ def _tokenizer(names: Sequence[str]) -> list[str]:
 
 
 def _model(names: Sequence[str]) -> list[str]:
-    if SINGLE in names:
-        weights = [SINGLE]
+    if SINGLE_FILE in names:
+        weights = [SINGLE_FILE]
     else:
         weights = [name for name in names if NUMBERED.fullmatch(name)]
-        weights += [INDEX] if INDEX in names else []
-    weights += [ADAPTERS] if ADAPTERS in names else []
-    beside = [name for name in BESIDE if name in names]
+        weights += [INDEX_JSON] if INDEX_JSON in names else []
+    weights += [ADAPTER_WEIGHTS] if ADAPTER_WEIGHTS in names else []
+    beside = [name for name in (BASE_JSON, PROMPT_JSON) if name in names]
     return [*_config(names), *_tokenizer(names), *beside, *weights] if weights else []
 
 

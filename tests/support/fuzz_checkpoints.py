@@ -23,10 +23,10 @@ from llamax.checkpoint.plain_llama import MODEL_CLASS
 from llamax.checkpoint.prompt_record import prompt_of
 from llamax.checkpoint.safetensors_io import read_header, read_metadata
 from llamax.config.model import ModelConfig
-from llamax.data.chat.record import FILE as PROMPT_FILE
 from llamax.data.chat.record import PROMPT, PromptRecord, with_system
 from llamax.data.chat.templates import Template, make_sample
 from llamax.inference.sampling import sampling_of
+from llamax.runtime.hub_files import PROMPT_JSON
 from llamax.runtime.text import printable
 from llamax.tools.inspect.description import describe, table
 from llamax.training.early_stopping import EarlyStopping
@@ -85,7 +85,7 @@ def read_checkpoint(folder: Path) -> None:
 
 def prompt(folder: Path) -> None:
     hf(folder)
-    (folder / PROMPT_FILE).write_text(json.dumps(PROMPTED.to_json()))
+    (folder / PROMPT_JSON).write_text(json.dumps(PROMPTED.to_json()))
 
 
 def read_prompt(folder: Path) -> None:

@@ -12,10 +12,10 @@ from llamax.checkpoint.manifest import read_manifest
 from llamax.config.hardware import load_machine
 from llamax.config.load import dump_config, load_config
 from llamax.config.toml import to_toml
-from llamax.data.chat.record import FILE as PROMPT_FILE
 from llamax.launch import cluster, jobfile
 from llamax.launch.checks import problems
 from llamax.launch.render import PHASES, action, render
+from llamax.runtime.hub_files import PROMPT_JSON
 from llamax.tools.doctor.storage import _read_beacons
 from llamax.tools.monitor.columns import read_columns
 from llamax.tools.monitor.html_report import page
@@ -180,7 +180,7 @@ TARGETS = [
         models.read_checkpoint,
     ),
     Target("notes of ranks", models.note, {"*.json": J}, models.read_notes),
-    Target("prompt records", models.prompt, {PROMPT_FILE: J}, models.read_prompt),
+    Target("prompt records", models.prompt, {PROMPT_JSON: J}, models.read_prompt),
     Target(
         "weights in 4 bits",
         models.quantized,

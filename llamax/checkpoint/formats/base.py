@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llamax.checkpoint import hf_folder
+from llamax.checkpoint.hf_folder import read_json
 from llamax.checkpoint.plain_llama import plain_cuts, plain_shapes
 from llamax.config.load import load_config, recipes
 from llamax.config.model import ModelConfig
 from llamax.parallel.sharding import Cut
 from llamax.runtime.errors import CheckpointError, ConfigError
+from llamax.runtime.hub_files import CONFIG_JSON
 
 
 class ForeignCheckpoint(ABC):
@@ -79,8 +80,8 @@ def find_model_config(folder: Path, config: str) -> ModelConfig:
     """
     if not config:
         for candidate in (folder, folder.parent):
-            if (candidate / hf_folder.CONFIG_JSON).is_file():
-                path = candidate / hf_folder.CONFIG_JSON
+            if (candidate / CONFIG_JSON).is_file():
+                path = candidate / CONFIG_JSON
                 return ModelConfig.from_hub(read_json_inside(candidate, path))
         raise ConfigError(
             f"{folder} does not describe its model; add `config` with its config.json or the name "
@@ -89,13 +90,13 @@ def find_model_config(folder: Path, config: str) -> ModelConfig:
     if config in recipes():
         return load_config(config).model
     path = Path(config)
-    path = path / hf_folder.CONFIG_JSON if path.is_dir() else path
+    path = path / CONFIG_JSON if path.is_dir() else path
     if path.suffix == ".json":
-        return ModelConfig.from_hub(hf_folder.read_json(path))
+        return ModelConfig.from_hub(read_json(path))
     return load_config(config).model
 
 
 def read_json_inside(folder: Path, path: Path) -> dict[str, object]:
     """The JSON object in a file of ``folder``; CheckpointError if the file links outside."""
-    value: dict[str, object] = hf_folder.read_json(check_inside(folder, path))
+    value: dict[str, object] = read_json(check_inside(folder, path))
     return value

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llamax.checkpoint import hf_folder, hf_writer
+from llamax.checkpoint import hf_writer
 from llamax.checkpoint import manifest as files
 from llamax.checkpoint.atomic import explain_write_errors, new_folder
 from llamax.checkpoint.consolidate import size
@@ -35,7 +35,7 @@ from llamax.checkpoint.formats.optimum import (
     SHARDS,
     OptimumCheckpoint,
 )
-from llamax.checkpoint.hf_folder import write_json
+from llamax.checkpoint.hf_folder import EMBEDDING, write_json
 from llamax.checkpoint.runs import whole_run
 from llamax.checkpoint.safetensors_io import (
     TAGS,
@@ -44,9 +44,11 @@ from llamax.checkpoint.safetensors_io import (
     no_progress,
     write_safetensors,
 )
+from llamax.checkpoint.source import dtype_name
 from llamax.config.choices import FOREIGN_FORMATS
 from llamax.runtime.errors import CheckpointError, ConfigError
 from llamax.runtime.files import copy_file
+from llamax.runtime.hub_files import CONFIG_JSON, TOKENIZER_FILES
 from llamax.runtime.logging import logger
 from llamax.runtime.versions import LLAMAX
 
@@ -202,11 +204,6 @@ def size_bytes(source: ForeignCheckpoint, name: str, kind: str = "weight") -> in
     return math.prod(source.shapes[name]) * source.dtype(name, kind).itemsize
 
 
-def dtype_name(source: ForeignCheckpoint) -> str:
-    """The dtype of the weights, as configurations spell it."""
-    return str(source.dtype("model.embed_tokens.weight")).removeprefix("torch.")
-
-
 def check_dtypes(source: ForeignCheckpoint) -> None:
     """Refuse types that llamax does not write, before anything is written."""
     for name in source.shapes:
@@ -227,31 +224,15 @@ def to_hub(
 ) -> None:
     """Write the weights as a Hugging Face folder, in files of at most ``max_shard_bytes``."""
     check_dtypes(source)
-    packed: list[list[str]] = [[]]
-    room = max_shard_bytes
-    for name in source.shapes:
-        if packed[-1] and size_bytes(source, name) > room:
-            packed.append([])
-            room = max_shard_bytes
-        packed[-1].append(name)
-        room -= size_bytes(source, name)
-    weight_map: dict[str, str] = {}
+    sizes = {name: size_bytes(source, name) for name in source.shapes}
+    placed = hf_writer.assign_files(sizes, max_shard_bytes)
     with new_folder(out) as part:
-        for number, names in enumerate(packed, start=1):
-            file = f"model-{number:05d}-of-{len(packed):05d}.safetensors"
-            file = hf_folder.SINGLE_FILE if len(packed) == 1 else file
-            tensors = [outgoing(source, name, "weight", name) for name in names]
+        for file in dict.fromkeys(placed.values()):
+            tensors = [outgoing(source, n, "weight", n) for n in placed if placed[n] == file]
             write_safetensors(part / file, tensors, progress=progress)
-            weight_map |= dict.fromkeys(names, file)
-        if len(packed) > 1:
-            total = sum(size_bytes(source, name) for name in source.shapes)
-            sorted_map = dict(sorted(weight_map.items()))
-            write_json(
-                part / hf_folder.INDEX_JSON,
-                {"metadata": {"total_size": total}, "weight_map": sorted_map},
-            )
-        write_json(part / hf_folder.CONFIG_JSON, source.model.to_hub(dtype_name(source)))
-        for name in hf_folder.TOKENIZER_FILES:
+        hf_writer.write_index(part, placed, sum(sizes.values()))
+        write_json(part / CONFIG_JSON, source.model.to_hub(dtype_name(source.dtype(EMBEDDING))))
+        for name in TOKENIZER_FILES:
             found = source.folder / name
             if found.is_file() and found.resolve().parent == source.folder.resolve():
                 with explain_write_errors(part / name, found.stat().st_size):
@@ -272,7 +253,7 @@ def to_llamax(
         llamax=LLAMAX,
         torch=torch.__version__,
         mesh={"tensor": 1, "data": 1, "zero": 0},
-        model=source.model.to_hub(dtype_name(source)),
+        model=source.model.to_hub(dtype_name(source.dtype(EMBEDDING))),
         state={"consumed_sequences": consumed},
         files=[],
     )

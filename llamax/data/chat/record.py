@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-FILE = "llamax_prompt.json"
 PROMPT = "prompt"  # the key in a checkpoint's state
 
 

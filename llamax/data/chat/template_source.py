@@ -9,6 +9,7 @@ from typing import Any
 from llamax.data.chat.templates import BUILT_IN
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import read_input
+from llamax.runtime.hub_files import CHAT_TEMPLATE
 from llamax.runtime.json_reader import JsonError, parse_json
 
 
@@ -21,7 +22,7 @@ def source_of(name_or_path: str) -> str:
         return BUILT_IN[name_or_path]
     path = Path(name_or_path)
     if path.is_dir():
-        inside = (path / "chat_template.jinja", path / "tokenizer_config.json")
+        inside = (path / CHAT_TEMPLATE, path / "tokenizer_config.json")
         path = next((file for file in inside if file.is_file()), path / "tokenizer_config.json")
     try:
         text = read_input(path).decode()

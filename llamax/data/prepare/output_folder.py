@@ -18,11 +18,11 @@ from llamax.data.tokenizer.special_tokens import FILES
 from llamax.runtime.address import refuse_address
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import make_folder, write_atomic
+from llamax.runtime.hub_files import CHAT_TEMPLATE
 from llamax.runtime.logging import logger
 
 PARTS, MARKER = ".parts", "made-by-llamax-prepare"
 TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer.tiktoken")
-TEMPLATE = "chat_template.jinja"
 
 
 def make_parts_folder(out: Path, tokenizer: str | os.PathLike[str], key: str, rows: bool) -> Path:
@@ -77,7 +77,7 @@ def _kept(out: Path, tokenizer: str | os.PathLike[str], rows: bool) -> set[str]:
     folder = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
     if not folder.is_dir() or not folder.samefile(out):
         return set()
-    return {*TOKENIZERS, *FILES} - ({TEMPLATE} if rows else set())
+    return {*TOKENIZERS, *FILES} - ({CHAT_TEMPLATE} if rows else set())
 
 
 def _refuse_to_replace(out: Path, kept: set[str], key: str) -> None:

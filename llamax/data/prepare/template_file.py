@@ -12,6 +12,7 @@ from llamax.data.prepare.chunks import Settings
 from llamax.data.prepare.instruction_rows import InstructSettings
 from llamax.data.tokenizer.tokenizer import Tokenizer
 from llamax.runtime.files import write_atomic
+from llamax.runtime.hub_files import CHAT_TEMPLATE
 from llamax.runtime.logging import logger
 
 
@@ -36,7 +37,7 @@ def write_template(out: Path, settings: Settings, tokenizer: Tokenizer) -> dict[
             )
         else:
             source = with_system(source, settings.system)
-        write_atomic(out / "chat_template.jinja", source.encode())
+        write_atomic(out / CHAT_TEMPLATE, source.encode())
     record = PromptRecord(
         settings.template,
         settings.source,

@@ -43,6 +43,7 @@ from llamax.data.tokenizer.tiktoken_file import TikToken
 from llamax.data.tokenizer.tokenizer import SentencePiece, Tokenizer
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import write_atomic
+from llamax.runtime.hub_files import CHAT_TEMPLATE
 from llamax.runtime.json_reader import read_object
 from llamax.runtime.logging import logger
 
@@ -95,7 +96,7 @@ def export_tokenizer(
         **special,
         **_chat_template(tokenizer.path.parent),
     }
-    if (template := tokenizer.path.with_name("chat_template.jinja")).is_file():
+    if (template := tokenizer.path.with_name(CHAT_TEMPLATE)).is_file():
         write_atomic(folder / template.name, template.read_bytes())
     _write_json(folder / "tokenizer_config.json", config)
     _write_json(folder / "special_tokens_map.json", special)

@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llamax.runtime.hub_files import CHAT_TEMPLATE
 from llamax.runtime.json_reader import JsonError, read_object
 
 MOST_TOKENS = 2**24  # engines need memory for all ids up to the largest
 CONFIG, NAMED, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
-FILES = (CONFIG, NAMED, ADDED, "chat_template.jinja")  # beside a tokenizer, and part of it
+FILES = (CONFIG, NAMED, ADDED, CHAT_TEMPLATE)  # beside a tokenizer, and part of it
 
 
 class AddedToken(NamedTuple):

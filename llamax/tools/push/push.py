@@ -12,12 +12,11 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llamax.checkpoint import hf_folder
-from llamax.checkpoint.hf_folder import ADAPTER_CONFIG, HfFolder, read_json
+from llamax.checkpoint.hf_folder import HfFolder, read_json
 from llamax.checkpoint.listing import newest_checkpoint
 from llamax.checkpoint.load import check_shapes
 from llamax.checkpoint.manifest import MANIFEST
-from llamax.checkpoint.peft import BASE_JSON, PeftFolder
+from llamax.checkpoint.peft import PeftFolder
 from llamax.config.base_model import read_base
 from llamax.config.constants import CONFIG_FILE, METRICS_FILE
 from llamax.config.load import recorded_config
@@ -25,7 +24,7 @@ from llamax.model.llama import Llama
 from llamax.runtime.errors import CheckpointError, ConfigError, HubError
 from llamax.runtime.hub import forget_revisions
 from llamax.runtime.hub_errors import explained
-from llamax.runtime.hub_files import MODEL
+from llamax.runtime.hub_files import ADAPTER_CONFIG, BASE_JSON, CONFIG_JSON, MODEL
 from llamax.runtime.hub_name import COMMIT, HubName, hub_name
 from llamax.runtime.progress import reported
 from llamax.runtime.text import in_shell
@@ -142,7 +141,7 @@ def _refuse_a_run(folder: Path) -> None:
     """Raise CheckpointError for a folder that is not exported, with the command to run first."""
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}; give the folder of an exported model")
-    if (folder / ADAPTER_CONFIG).is_file() or (folder / hf_folder.CONFIG_JSON).is_file():
+    if (folder / ADAPTER_CONFIG).is_file() or (folder / CONFIG_JSON).is_file():
         return
     is_checkpoint = (folder / MANIFEST).is_file()
     if is_checkpoint or newest_checkpoint(folder) is not None:

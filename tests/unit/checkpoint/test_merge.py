@@ -15,18 +15,15 @@ from support.adapters import MODEL, base_folder
 
 from llamax.__main__ import dispatch
 from llamax.checkpoint.build_model import load_tuned
-from llamax.checkpoint.hf_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SINGLE_FILE, open_source
+from llamax.checkpoint.hf_folder import open_source
 from llamax.checkpoint.merge import merge
-from llamax.checkpoint.peft import (
-    BASE_JSON,
-    PEFT_PREFIX,
-    fingerprint,
-)
+from llamax.checkpoint.peft import PEFT_PREFIX, fingerprint
 from llamax.checkpoint.slabs import SLAB_BYTES
 from llamax.config.schema import FinetuneConfig
 from llamax.model import lora
 from llamax.model.llama import Llama
 from llamax.runtime.errors import CheckpointError
+from llamax.runtime.hub_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_JSON, SINGLE_FILE
 
 
 @pytest.fixture(scope="module")

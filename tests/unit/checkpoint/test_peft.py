@@ -17,7 +17,6 @@ from support.models import LLAMA2, LLAMA3
 from support.tiny_run import config, make_dataset
 
 from llamax.checkpoint.build_model import load_tuned
-from llamax.checkpoint.hf_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llamax.checkpoint.listing import newest_checkpoint
 from llamax.checkpoint.peft import (
     PeftFolder,
@@ -31,6 +30,7 @@ from llamax.config.model import ModelConfig
 from llamax.config.schema import FinetuneConfig
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import CheckpointError, ConfigError
+from llamax.runtime.hub_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llamax.train import train
 
 peft = pytest.importorskip("peft", reason="peft, the judge of LoRA, is not installed")

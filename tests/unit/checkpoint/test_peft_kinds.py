@@ -16,12 +16,13 @@ from support.adapters import hub_folder
 from support.models import TINY
 
 from llamax.checkpoint.build_model import load_tuned
-from llamax.checkpoint.hf_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HfFolder, open_source
+from llamax.checkpoint.hf_folder import HfFolder, open_source
 from llamax.checkpoint.merge import merge
 from llamax.checkpoint.merged import Merged
 from llamax.checkpoint.peft import PeftFolder, find_base_folder, open_adapter
 from llamax.checkpoint.shard_hf import shard
 from llamax.runtime.errors import CheckpointError
+from llamax.runtime.hub_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llamax.tools.inspect.description import describe
 
 peft = pytest.importorskip("peft", reason="peft, the judge of LoRA, is not installed")

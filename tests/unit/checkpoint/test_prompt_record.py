@@ -26,7 +26,7 @@ from llamax.config.schema import (
     OptimConfig,
     RunConfig,
 )
-from llamax.data.chat.record import FILE, PromptRecord, with_system
+from llamax.data.chat.record import PromptRecord, with_system
 from llamax.data.dataset import open_dataset
 from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.inference.engine import open_model
@@ -35,6 +35,7 @@ from llamax.inference.generate import GenerationSettings, ask, compare, generate
 from llamax.inference.prompts import read_prompts
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import ConfigError
+from llamax.runtime.hub_files import PROMPT_JSON
 from llamax.tools.inspect.description import describe
 from llamax.train import train
 
@@ -154,8 +155,8 @@ def test_text_data_has_no_record_and_a_damaged_one_is_none(home: Path, tmp_path:
     for value in (None, [], {"source": ""}, {"source": 3}, {"source": "x", "fields": 3}):
         assert PromptRecord.of(value) is None
     assert PromptRecord.of({"source": "x", "turn_ends": [1, "2"]}).turn_ends == (1,)  # type: ignore[union-attr]
-    assert (home / "whole" / FILE).is_file()
-    assert (home / "peft" / FILE).is_file()
+    assert (home / "whole" / PROMPT_JSON).is_file()
+    assert (home / "peft" / PROMPT_JSON).is_file()
 
 
 @pytest.mark.parametrize(
