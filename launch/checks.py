@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from shlex import quote
 
+from llamax.config.blend import blend_words
 from llamax.launch import (
     cluster_checks,
     image,
@@ -34,7 +35,6 @@ SLURM_WORD = re.compile(r"[A-Za-z0-9_.,-]*")
 SLURM_TIME = re.compile(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2})?")
 SLURM_SIGNAL_S = 65535
 SLURM_PATH = re.compile(r"[A-Za-z0-9._/@+=,-]*")
-BLEND = re.compile(r"\s*\d*\.?\d+\s+\S")
 HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 
 
@@ -205,7 +205,7 @@ def _shared(job: JobFile) -> Iterator[str]:
     except ConfigError:
         return  # reported by _run
     data = config.data.path
-    paths = data.split()[1::2] if BLEND.match(data) else [data]
+    paths = blend_words(data)[1::2] or [data]
     named = [*(("data.path", path) for path in paths), ("run.folder", config.run.folder)]
     for key, value in named:
         if not job.local and not inside(os.path.join(folder, value), mount):
@@ -216,7 +216,7 @@ def _shared(job: JobFile) -> Iterator[str]:
 
 
 def _blend(job: JobFile) -> Iterator[str]:
-    if BLEND.match(path := job.config.data.path):
+    if blend_words(path := job.config.data.path):
         yield (
             f"data.path={path!r} is a blend; prepare writes one dataset: use overrides data.path "
             "with the folder of one, in a job file for each"

@@ -13,9 +13,9 @@ from typing import Any
 
 from llamax.checkpoint.hf_folder import has_tokenizer
 from llamax.checkpoint.manifest import CONFIG_TOML
+from llamax.config.blend import blend_words
 from llamax.config.load import recorded_config
 from llamax.config.schema import Config
-from llamax.data.dataset import blend_words
 from llamax.runtime.errors import ConfigError
 
 STARTED_IN = "started_in"

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llamax.config.blend import blend_words, weight_of
 from llamax.data.chat.record import PromptRecord
 from llamax.data.megatron import IndexedFile, indexed_prefix, is_prefix
 from llamax.data.not_a_dataset import not_a_dataset
@@ -121,12 +122,6 @@ def largest_id(stream: Stream) -> int:
     return max((int(stream.tokens[at : at + SCANNED].max()) for at in starts), default=-1)
 
 
-def blend_words(path: str) -> list[str]:
-    """Weight, dataset, weight, dataset, ... in a path that is a blend; empty for another path."""
-    words = path.split()
-    return words if len(words) > 1 and _weight(words[0]) is not None else []
-
-
 def open_dataset(path: str | Path, verify: Verify = "start", vocab_size: int = 0) -> Dataset:
     """Open the dataset that ``path`` names, as in the table above.
 
@@ -225,7 +220,7 @@ def _streams(
 
 
 def _open_blend(path: str, words: list[str], verify: Verify, vocab_size: int) -> Dataset:
-    weights = [_weight(word) or 0.0 for word in words[::2]]
+    weights = [weight_of(word) or 0.0 for word in words[::2]]
     wrong = next((w for w, weight in zip(words[::2], weights, strict=True) if not weight), None)
     if len(words) % 2 or wrong is not None:
         problem = (
@@ -265,12 +260,3 @@ def _open_blend(path: str, words: list[str], verify: Verify, vocab_size: int) ->
 def _mixture(pairs: list[tuple[Split, float]]) -> Mixture:
     streams = [(part, weight) for part, weight in pairs if not isinstance(part, Mixture)]
     return Mixture(tuple(part for part, _ in streams), tuple(weight for _, weight in streams))
-
-
-def _weight(word: str) -> float | None:
-    """The weight in a word; 0 if it is not above 0, None if it is not a number."""
-    try:
-        weight = float(word)
-    except ValueError:
-        return None
-    return weight if 0 < weight < float("inf") else 0.0

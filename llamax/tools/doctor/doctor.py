@@ -22,13 +22,14 @@ from pathlib import Path
 from llamax.checkpoint.hf_folder import open_source
 from llamax.checkpoint.listing import list_checkpoints
 from llamax.config.base_model import read_base
+from llamax.config.blend import blend_words
 from llamax.config.constants import RENDEZVOUS_PORT
 from llamax.config.hardware import LOCAL, Machine
 from llamax.config.model import ModelConfig
 from llamax.config.neuron_sdk import installed_sdk
 from llamax.config.rules.pipeline import chunk_layers
 from llamax.config.schema import BackendName, Config
-from llamax.data.dataset import blend_words, open_dataset
+from llamax.data.dataset import open_dataset
 from llamax.launch.environment import sdk_notes
 from llamax.launch.jobfile import JobFile
 from llamax.parallel.rendezvous import NEURON_PORT

@@ -16,10 +16,10 @@ from llamax.checkpoint import manifest as files
 from llamax.checkpoint.adapter_record import AdapterInfo, recorded
 from llamax.checkpoint.listing import list_checkpoints, suggest_intact
 from llamax.checkpoint.safetensors_header import DTYPE_NAMES
+from llamax.config.blend import blend_words
 from llamax.config.constants import LOSS_SCALE_STATE, SPIKES_STATE
 from llamax.config.model import ModelConfig
 from llamax.data.chat.record import PROMPT, PromptRecord
-from llamax.data.dataset import blend_words
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.hub import local_folder
 from llamax.runtime.hub_files import ADAPTER_CONFIG, CONFIG_JSON, MODEL, TOKENIZER_FILES

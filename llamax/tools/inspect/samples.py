@@ -19,9 +19,10 @@ import numpy as np
 from llamax.checkpoint.listing import newest_checkpoint
 from llamax.checkpoint.manifest import MANIFEST
 from llamax.checkpoint.places import config_beside, find_folder
+from llamax.config.blend import blend_words
 from llamax.config.schema import DataConfig
 from llamax.data.blended_loader import turns
-from llamax.data.dataset import Dataset, Split, blend_words, open_dataset
+from llamax.data.dataset import Dataset, Split, open_dataset
 from llamax.data.packing import Packs
 from llamax.data.samples import Samples
 from llamax.data.shuffle import Integers

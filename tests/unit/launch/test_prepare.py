@@ -187,8 +187,9 @@ def test_the_section_is_strict(section: dict[str, Any], message: str) -> None:
     assert message in str(refused.value)
 
 
-def test_a_blend_cannot_be_prepared() -> None:
-    this = job(overrides__data__path="0.7 web 0.3 books")
+@pytest.mark.parametrize("blend", ["0.7 web 0.3 books", "1. web 2 books", "1e-1 web 9E-1 books"])
+def test_a_blend_cannot_be_prepared(blend: str) -> None:
+    this = job(overrides__data__path=blend)
     assert problems(this, "slurm", "train") == []
     (found,) = problems(this, "slurm", "prepare")
-    assert found.startswith("data.path='0.7 web 0.3 books' is a blend; prepare writes one dataset")
+    assert found.startswith(f"data.path={blend!r} is a blend; prepare writes one dataset")
