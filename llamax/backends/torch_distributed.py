@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import socket
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -30,8 +31,10 @@ from llamax.parallel.network import interface, is_loopback, source_address
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.cores import cores, requested_threads
 from llamax.runtime.errors import BackendError, LostRank
+from llamax.runtime.logging import logger
 from llamax.runtime.units import count
 
+WAITING_S = 30  # after which missing ranks are mentioned
 NO_MEMORY = re.compile(r"[tT]ried to allocate ([\d.]+ \w+)")  # host and device memory
 Made = dict[tuple[int, ...], dist.ProcessGroup]
 
@@ -81,6 +84,9 @@ class _TorchBackend:
         if rendezvous.one_machine:  # listen on the loopback only
             os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
         timeout = timedelta(seconds=timeout_s)
+        waiting = threading.Timer(WAITING_S, _say_what_is_waited_for, (rendezvous, timeout_s))
+        waiting.daemon = True
+        waiting.start()
         try:
             store = PrefixStore(f"llamax/{rendezvous.attempt}", _store(rendezvous, timeout))
             if self.collectives == "gloo" and (network := _interface(rendezvous, store)):
@@ -98,6 +104,8 @@ class _TorchBackend:
                 f"{rendezvous.address}:{rendezvous.port} ({_first_line(error)}); start every rank"
                 f"{self.words.wait}{_network_hint(error)}"
             ) from error
+        finally:
+            waiting.cancel()
         made: Made = {}  # axes of the same ranks share one
         return Axes.of(mesh, rendezvous.rank, partial(self._axis, timeout, made))
 
@@ -250,6 +258,23 @@ def _store(rendezvous: Rendezvous, timeout: timedelta) -> Store:
         wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )
+
+
+def _say_what_is_waited_for(rendezvous: Rendezvous, timeout_s: float) -> None:
+    """Warn once on each machine that ranks are missing: nothing else is shown until the timeout."""
+    if rendezvous.local_rank == 0 or (rendezvous.one_machine and rendezvous.local_rank == 1):
+        served = rendezvous.rank == 0 or rendezvous.agent_store
+        logger.warning(
+            "rank %d of %d has waited %d s %s at %s:%d, and waits up to %d s; see whether every "
+            "rank was started and this machine reaches that port",
+            rendezvous.rank,
+            rendezvous.world_size,
+            WAITING_S,
+            "for the other ranks" if served else "for rank 0",
+            rendezvous.address,
+            rendezvous.port,
+            timeout_s,
+        )
 
 
 def _interface(rendezvous: Rendezvous, store: Store) -> str:

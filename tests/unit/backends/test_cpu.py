@@ -5,12 +5,14 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from support.tiny_run import free_port
 
 from llamax import ops
-from llamax.backends import cpu
+from llamax.backends import cpu, torch_distributed
 from llamax.backends.torch_distributed import Cpu, _network_hint
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
@@ -21,7 +23,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 FAULTS = """
 import ctypes, resource, sys
-from llamax.backends import cpu
+from llamax.backends import cpu, torch_distributed
 if sys.argv[1] == "keep":
     assert cpu.keep_heap()
 if "unmap large" in sys.argv:
@@ -59,7 +61,7 @@ def test_kept_heap_is_faulted_in_once() -> None:
 
 SMALL = """
 import ctypes
-from llamax.backends import cpu
+from llamax.backends import cpu, torch_distributed
 cpu.keep_heap()
 libc = ctypes.CDLL("libc.so.6")
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -124,6 +126,32 @@ def test_memory_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -
         torch.empty(1 << 50)
     with pytest.raises(RuntimeError, match="shape"), Cpu(Rendezvous(), 1).joined(Mesh(), 1):
         torch.empty(3).view(2)
+
+
+@pytest.mark.parametrize(
+    ("where", "waits"),
+    [
+        (Rendezvous(0, 2, 0, 1), "rank 0 of 2 has waited 0 s for the other ranks at 127.0.0.1:"),
+        (Rendezvous(1, 2, 0, 1), "rank 1 of 2 has waited 0 s for rank 0 at 127.0.0.1:"),
+        (Rendezvous(1, 2, 1, 2), "rank 1 of 2 has waited 0 s for rank 0 at 127.0.0.1:"),
+        (Rendezvous(3, 4, 1, 2), ""),  # the first rank of its machine says it
+    ],
+)
+def test_ranks_that_are_missing_are_mentioned_before_the_timeout(
+    where: Rendezvous, waits: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch_distributed, "WAITING_S", 0.01)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "lo")  # what joining sets is undone
+    alone = replace(where, port=free_port())
+    mesh = Mesh.fill(where.world_size)
+    with (
+        pytest.raises(BackendError, match=rf"rank {where.rank} of .* could not join the others"),
+        Cpu(alone, threads=1).joined(mesh, timeout_s=1),
+    ):
+        pass
+    said = [record.getMessage() for record in caplog.records if record.name == "llamax"]
+    assert [line[: len(waits)] for line in said] == ([waits] if waits else [])
 
 
 def test_a_peer_on_the_loopback_is_explained() -> None:
