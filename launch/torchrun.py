@@ -45,9 +45,25 @@ def render(job: JobFile, phase: str) -> str:
         return text + PRIVATE + "\n".join(lines) + "\n"
     where = f"--master-addr {quote(job.torchrun.master)} --master-port {job.port}"
     lines = [
-        f"{node}) {run} --nnodes {job.nodes} --node-rank {node} {where} {rest} ;;"
+        f"{node}) {f'exec 9> >(say_waiting {node}); ' if node else ''}{run} --nnodes {job.nodes} "
+        f"--node-rank {node} {where} {rest} ;;"
         for node in range(job.nodes)
     ]
     usage = f"the number of this node is missing: 0 on the master, up to {job.nodes - 1}"
     lines += [f'*) echo "{usage}" >&2 && exit 2 ;;']
+    text += f"master={quote(job.torchrun.master)} port={job.port}\n{WAITING}"
     return f"{text}case ${{1-}} in\n" + "\n".join(lines) + "\nesac\n"
+
+
+# torchrun says nothing for the minutes for which it waits for the master.  What says it here ends
+# at the end of its input, which is file descriptor 9 of torchrun and not of its ranks.
+WAITING = """say_waiting() {  # until the master answers, or this script has ended
+    local status waited=0
+    while status=0; read -r -t 30 || status=$?; ((status > 128)); do
+        timeout 5 bash -c ': <"/dev/tcp/$0/$1"' "$master" "$port" 2>/dev/null && return 0
+        ((waited += 30))
+        echo "node $1 has waited $waited s: nothing answers at port $port of torchrun.master," \\
+            "$master; start this script there with 0" >&2
+    done
+}
+"""
