@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from shlex import quote
 
-from llamax.config.blend import blend_words
+from llamax.config.data_path import RANDOM, blend_words
 from llamax.launch import (
     cluster_checks,
     image,
@@ -62,7 +62,7 @@ def problems(job: JobFile, launcher: str, phase: str) -> list[str]:
         found += _image(job)
     if phase == "prepare":
         found += prepare.problems(job.prepare)
-        found += [] if found or launcher == "sagemaker" else _blend(job)
+        found += [] if found or launcher == "sagemaker" else _prepared(job)
     special = {"torchrun": _torchrun, "mpirun": _mpirun, "slurm": _slurm, "k8s": _kubernetes}
     if launcher in special:
         found += special[launcher](job)
@@ -205,7 +205,7 @@ def _shared(job: JobFile) -> Iterator[str]:
     except ConfigError:
         return  # reported by _run
     data = config.data.path
-    paths = blend_words(data)[1::2] or [data]
+    paths = [path for path in blend_words(data)[1::2] or [data] if path != RANDOM]
     named = [*(("data.path", path) for path in paths), ("run.folder", config.run.folder)]
     for key, value in named:
         if not job.local and not inside(os.path.join(folder, value), mount):
@@ -215,8 +215,14 @@ def _shared(job: JobFile) -> Iterator[str]:
             )
 
 
-def _blend(job: JobFile) -> Iterator[str]:
-    if blend_words(path := job.config.data.path):
+def _prepared(job: JobFile) -> Iterator[str]:
+    """The problem of a data.path into which prepare cannot write."""
+    if (path := job.config.data.path) == RANDOM:
+        yield (
+            f"data.path={path} names tokens that training makes itself; use overrides data.path "
+            "with the folder to prepare"
+        )
+    elif blend_words(path):
         yield (
             f"data.path={path!r} is a blend; prepare writes one dataset: use overrides data.path "
             "with the folder of one, in a job file for each"

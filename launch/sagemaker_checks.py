@@ -11,6 +11,7 @@ import os.path
 import re
 from collections.abc import Iterator
 
+from llamax.config.data_path import RANDOM
 from llamax.launch import prepare, sagemaker
 from llamax.launch.forms import IMAGE, image_problem, inside
 from llamax.launch.jobfile import JobFile
@@ -59,6 +60,11 @@ def problems(job: JobFile, phase: str, runs: bool) -> Iterator[str]:
     else:
         yield from _folder("output", settings.output, "for checkpoints", local=False)
     if phase == "train" and runs:
+        if job.config.data.path == RANDOM:
+            yield (
+                f"data.path={RANDOM}, but jobs on SageMaker train on sagemaker.data; prepare some "
+                "text there, or measure with another launcher"
+            )
         yield from _base(job)
         yield from _limits(job, "train")
 

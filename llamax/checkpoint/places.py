@@ -13,7 +13,7 @@ from typing import Any
 
 from llamax.checkpoint.hf_folder import has_tokenizer
 from llamax.checkpoint.manifest import CONFIG_TOML
-from llamax.config.blend import blend_words
+from llamax.config.data_path import blend_words
 from llamax.config.load import recorded_config
 from llamax.config.schema import Config
 from llamax.runtime.errors import ConfigError

@@ -126,8 +126,8 @@ class DataConfig:
     """Which tokens, and how many of them make a step."""
 
     path: str = "data"
-    """Dataset folder of llamax prepare, prefix of Megatron's .bin and .idx, or a blend: weight,
-    dataset, weight, dataset."""
+    """Dataset folder of llamax prepare, prefix of Megatron's .bin and .idx, a blend (weight,
+    dataset, weight, dataset), or random: random tokens, to measure speed without data."""
     validation: str = ""
     """Dataset to validate on; empty: the part of data.path that was held out."""
     sequence_length: Count = 2048

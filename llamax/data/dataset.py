@@ -4,6 +4,7 @@
 ``data``                                       a folder that ``llamax prepare`` made
 ``/fsx/data/redpajama_text_document``          a Megatron dataset: this prefix .bin and .idx
 ``0.7 /fsx/web 0.3 /fsx/books_text_document``  a blend: weights, and datasets of either kind
+``random``                                     random tokens of the model's vocabulary
 =============================================  ===================================================
 """
 
@@ -14,10 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llamax.config.blend import blend_words, weight_of
+from llamax.config.data_path import RANDOM, blend_words, weight_of
 from llamax.data.chat.record import PromptRecord
 from llamax.data.megatron import IndexedFile, indexed_prefix, is_prefix
 from llamax.data.not_a_dataset import not_a_dataset
+from llamax.data.random_stream import TRAINING, VALIDATION, RandomStream
 from llamax.data.stream import Stream
 from llamax.data.token_file import GoOn, Header, TokenFile, Verify
 from llamax.data.tokenizer.tokenizer import fingerprint_of_file
@@ -131,6 +133,12 @@ def open_dataset(path: str | Path, verify: Verify = "start", vocab_size: int = 0
     if blend := blend_words(str(path)):
         return _open_blend(str(path), blend, verify, vocab_size)
     folder = Path(path)
+    if str(path) == RANDOM:
+        train, validation = (
+            RandomStream(length, vocab_size, seed)
+            for seed, length in enumerate((TRAINING, VALIDATION))
+        )
+        return Dataset(folder, train, validation)
     if (folder / "dataset.json").is_file():
         return _open_folder(folder, verify, vocab_size)
     if is_prefix(folder):

@@ -39,7 +39,7 @@ def permute(places: Integers, n: int, seed: int, epoch: int) -> Integers:
 def _tables(half: int, seed: int, epoch: int) -> Integers:
     """What each round mixes into the left half, for every right half of ``half`` bits."""
     keys = _keys(*(np.array([number], np.uint64) for number in (seed, epoch)))
-    mixed = _mix(np.arange(2**half, dtype=np.uint64) + keys)
+    mixed = mix(np.arange(2**half, dtype=np.uint64) + keys)
     tables: Integers = (mixed & np.uint64(2**half - 1)).astype(np.int64)
     return tables
 
@@ -61,10 +61,10 @@ def permute_each(
 
 def _keys(seed: npt.NDArray[Any], epoch: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
     """The keys of the rounds of each permutation: [ROUNDS, k]."""
-    keys = _mix(
-        _mix(seed.astype(np.uint64) + np.zeros((ROUNDS, 1), np.uint64)) + epoch.astype(np.uint64)
+    keys = mix(
+        mix(seed.astype(np.uint64) + np.zeros((ROUNDS, 1), np.uint64)) + epoch.astype(np.uint64)
     )
-    return _mix(keys + np.arange(ROUNDS, dtype=np.uint64)[:, None])
+    return mix(keys + np.arange(ROUNDS, dtype=np.uint64)[:, None])
 
 
 def _at(numbers: npt.NDArray[Any], places: Integers) -> npt.NDArray[Any]:
@@ -78,12 +78,12 @@ def _feistel(
     mask = (np.uint64(1) << half) - np.uint64(1)
     left, right = x >> half, x & mask
     for key in keys:
-        left, right = right, left ^ (_mix(right + key) & mask)
+        left, right = right, left ^ (mix(right + key) & mask)
     joined: npt.NDArray[np.uint64] = left << half | right
     return joined
 
 
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """splitmix64: every bit of the input moves every bit of the output."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)

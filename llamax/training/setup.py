@@ -19,6 +19,7 @@ from llamax.checkpoint.plain_llama import MODEL_CLASS
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.save import Saver
 from llamax.config.constants import CHECKPOINTS_FOLDER, CONFIG_FILE, METRICS_FILE
+from llamax.config.data_path import RANDOM
 from llamax.config.flops import flops_per_token
 from llamax.config.load import dump_config
 from llamax.config.schema import Config, FinetuneConfig
@@ -258,7 +259,8 @@ def log_start(job: Job) -> None:
             f", or --run.epochs above {run.epochs}" if run.epochs else "",
         )
     logger.info("samples: %s", job.training)
-    if (batch := config.data.global_batch) > (samples := len(job.training)):
+    batch, samples = config.data.global_batch, len(job.training)
+    if batch > samples and config.data.path != RANDOM:
         logger.warning(
             "every step repeats samples: %s has %s, and data.global_batch=%d is more",
             config.data.path,
@@ -297,6 +299,8 @@ def _begins_otherwise(job: Job) -> Iterator[str]:
     """A line where prompts will not begin as the documents of training do."""
     config, dataset = job.config, job.dataset
     begins, prompted = dataset.train.header.bos_id, config.model.bos_token_id
+    if config.data.path == RANDOM:
+        return
     use = f"set model.bos_token_id={'none' if begins is None else begins}"
     if dataset.tokenizer_path is not None:
         with suppress(DataError):  # one that cannot be opened here decides nothing

@@ -22,8 +22,8 @@ from pathlib import Path
 from llamax.checkpoint.hf_folder import open_source
 from llamax.checkpoint.listing import list_checkpoints
 from llamax.config.base_model import read_base
-from llamax.config.blend import blend_words
 from llamax.config.constants import RENDEZVOUS_PORT
+from llamax.config.data_path import RANDOM, blend_words
 from llamax.config.hardware import LOCAL, Machine
 from llamax.config.model import ModelConfig
 from llamax.config.neuron_sdk import installed_sdk
@@ -154,10 +154,10 @@ def _fits(planned: Plan, job: JobFile) -> Iterator[Finding]:
 
 def _below(folder: Path, path: str) -> str:
     """``data.path``, or every dataset of a blend, relative to a folder."""
-    words = enumerate(blend_words(path))
-    return " ".join(str(folder / word) if i % 2 else word for i, word in words) or str(
-        folder / path
-    )
+    words = blend_words(path)
+    for i in range(1, len(words), 2):
+        words[i] = _below(folder, words[i])
+    return " ".join(words) or (path if path == RANDOM else str(folder / path))
 
 
 def _base(folder: Path, config: Config) -> Iterator[Finding]:
@@ -195,7 +195,7 @@ def _on_hub(name: HubName) -> Finding:
 
 
 def _dataset(path: str, has_storage: bool) -> Iterator[Finding]:
-    if not has_storage:
+    if not has_storage and path != RANDOM:
         yield unknown("dataset", f"{path} is not here", "run doctor where it is")
         return
     try:

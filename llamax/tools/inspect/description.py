@@ -16,8 +16,8 @@ from llamax.checkpoint import manifest as files
 from llamax.checkpoint.adapter_record import AdapterInfo, recorded
 from llamax.checkpoint.listing import list_checkpoints, suggest_intact
 from llamax.checkpoint.safetensors_header import DTYPE_NAMES
-from llamax.config.blend import blend_words
 from llamax.config.constants import LOSS_SCALE_STATE, SPIKES_STATE
+from llamax.config.data_path import blend_words
 from llamax.config.model import ModelConfig
 from llamax.data.chat.record import PROMPT, PromptRecord
 from llamax.runtime.errors import CheckpointError

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from llamax.checkpoint.places import find_folder
-from llamax.config.blend import blend_words
 from llamax.config.constants import METRICS_FILE
+from llamax.config.data_path import blend_words
 from llamax.config.schema import Config
 from llamax.data.prepare.hub_dataset import FROM_HUB
 from llamax.runtime.hub_name import HubName, hub_name

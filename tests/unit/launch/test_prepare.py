@@ -193,3 +193,12 @@ def test_a_blend_cannot_be_prepared(blend: str) -> None:
     assert problems(this, "slurm", "train") == []
     (found,) = problems(this, "slurm", "prepare")
     assert found.startswith(f"data.path={blend!r} is a blend; prepare writes one dataset")
+
+
+def test_random_tokens_are_trained_on_and_not_prepared() -> None:
+    this = job(overrides__data__path="random")
+    assert problems(this, "slurm", "train") == []
+    (found,) = problems(this, "slurm", "prepare")
+    assert found.startswith("data.path=random names tokens that training makes itself; use over")
+    (found,) = (each for each in problems(this, "sagemaker", "train") if "data.path" in each)
+    assert found.startswith("data.path=random, but jobs on SageMaker train on sagemaker.data")

@@ -83,6 +83,15 @@ def test_the_datasets_of_a_blend_are_seen_from_the_jobs_folder(tmp_path: Path) -
     seen = {path: _below(tmp_path, path) for path in ("my data", "0.7 web .3 /fsx/b")}
     assert seen["my data"] == f"{tmp_path}/my data"
     assert seen["0.7 web .3 /fsx/b"] == f"0.7 {tmp_path}/web .3 /fsx/b"
+    assert _below(tmp_path, "random") == "random"
+    assert _below(tmp_path, "0.5 random 0.5 b") == f"0.5 random 0.5 {tmp_path}/b"
+
+
+def test_random_tokens_need_no_storage() -> None:
+    measured = job(overrides={"data": {"path": "random"}})
+    found = {each.name: each for each in examine(Host(packages=SDK), measured, 0)}
+    assert found["dataset"].level == "ok"
+    assert found["dataset"].what == "8,388,608 tokens in random"
 
 
 def test_a_missing_dataset_is_an_error(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
-"""A blend in ``data.path``: weights, and datasets of any kind, in turn.
+"""The words of ``data.path`` that are no file: those of a blend, and random tokens.
 
 ::
 
-    0.7 /fsx/web 0.3 /fsx/books_text_document
+    0.7 /fsx/web 0.3 /fsx/books_text_document     a blend: weights and datasets in turn
+    random                                        tokens that every rank makes itself
 """
 
 from __future__ import annotations
+
+RANDOM = "random"  # a folder of this name is ./random
 
 
 def blend_words(path: str) -> list[str]:
