@@ -49,6 +49,7 @@ from llamax.runtime.hub_files import (
 from llamax.runtime.json_reader import JsonError
 from llamax.runtime.logging import logger
 
+ADAPTER_SHARDS = "adapter_shards"
 PICKLED_WEIGHTS = "adapter_model.bin"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 MAX_JSON_BYTES = 64 << 20
@@ -267,11 +268,24 @@ def open_source(path: Path | str) -> Source:
     if (path / CONFIG_JSON).is_file():
         return HfFolder(path)
     if not (path / manifest.MANIFEST).exists() and newest_checkpoint(path) is None:
+        refuse_adapter_shards(path)
         raise CheckpointError(
             f"{path} holds no model: give a Hugging Face folder (with {CONFIG_JSON}), the folder "
             "of a checkpoint, or a run's folder with a complete checkpoint"
         )
     return Checkpoint(find_checkpoint(path))
+
+
+def refuse_adapter_shards(folder: Path) -> None:
+    """Raise CheckpointError for adapters as optimum-neuron's trainer saves them, a file a rank."""
+    places = [folder, folder / ADAPTER_SHARDS, *folder.glob(f"adapter_*/{ADAPTER_SHARDS}")]
+    shards = next((p for p in places if p.name == ADAPTER_SHARDS and p.is_dir()), None)
+    if shards is not None:
+        raise CheckpointError(
+            f"{shards} holds adapters in shards of optimum-neuron, which llamax does not read; "
+            f"join them with `optimum-cli neuron consolidate {shards.parent.parent} PEFT`, and "
+            f"copy {shards.parent.name}/{ADAPTER_CONFIG} to PEFT"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -31,7 +31,13 @@ from llamax.checkpoint import slabs
 from llamax.checkpoint.adapter_record import AdapterInfo as AdapterInfo
 from llamax.checkpoint.adapter_record import base_problems, recorded
 from llamax.checkpoint.atomic import new_folder
-from llamax.checkpoint.hf_folder import PICKLED_WEIGHTS, check_floating, read_json, write_json
+from llamax.checkpoint.hf_folder import (
+    PICKLED_WEIGHTS,
+    check_floating,
+    read_json,
+    refuse_adapter_shards,
+    write_json,
+)
 from llamax.checkpoint.listing import find_checkpoint
 from llamax.checkpoint.peft_settings import PeftSettings, problems
 from llamax.checkpoint.places import find_folder
@@ -106,6 +112,8 @@ class PeftFolder(Source):
             raise CheckpointError(f"{self.folder / ADAPTER_CONFIG}: {line}")
         self.settings = PeftSettings.of(config)
         self._path = self.folder / ADAPTER_WEIGHTS
+        if not self._path.exists():
+            refuse_adapter_shards(self.folder)
         if not self._path.exists() and (self.folder / PICKLED_WEIGHTS).exists():
             raise CheckpointError(
                 f"{self.folder} has {PICKLED_WEIGHTS}, a pickle, and no {ADAPTER_WEIGHTS}; load it "
@@ -213,6 +221,7 @@ def open_adapter(path: Path | str) -> tuple[Source, AdapterInfo]:
     if (path / ADAPTER_CONFIG).is_file():
         source = PeftFolder(path)
     elif not (path / "config.json").is_file():
+        refuse_adapter_shards(path)
         source = Checkpoint(find_checkpoint(path))
     info = None if source is None else adapter_info(source)
     if source is None or info is None:

@@ -35,7 +35,7 @@ from llamax.checkpoint.formats.optimum import (
     SHARDS,
     OptimumCheckpoint,
 )
-from llamax.checkpoint.hf_folder import EMBEDDING, write_json
+from llamax.checkpoint.hf_folder import EMBEDDING, refuse_adapter_shards, write_json
 from llamax.checkpoint.runs import whole_run
 from llamax.checkpoint.safetensors_io import (
     TAGS,
@@ -165,6 +165,7 @@ def open_folder(
     is missing, damaged or of no known format, and ConfigError for an unknown ``format``.
     """
     folder = Path(folder)
+    refuse_adapter_shards(folder)
     if format not in ("auto", *FORMATS):
         raise ConfigError(f"format={format} is not known; use auto, {', '.join(FORMATS)}")
     format = guess(folder) if format == "auto" else format
