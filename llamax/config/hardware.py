@@ -103,6 +103,10 @@ class Machine:
         """Bytes of device memory of a rank."""
         return self.memory_gib * GIB
 
+    def memory_rate(self) -> float:
+        """Bytes/s of device memory that a rank reads and writes."""
+        return 1e9 * self.memory_gbps * self.memory_efficiency
+
     def compiles(self, instructions: float) -> bool:
         """Whether its compiler is known to take a program of so many instructions."""
         return not self.program_instructions or instructions <= self.program_instructions

@@ -17,7 +17,7 @@ from llamax.config.schema import Config, DataConfig, ParallelConfig
 from llamax.config.validate import check
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.units import count, show_bytes, show_fine_time, show_number, show_rate
-from llamax.tools.plan.line import Line
+from llamax.tools.plan.line import Line, total
 from llamax.tools.plan.report import rows
 from llamax.tools.plan.roofline import wire
 
@@ -38,7 +38,7 @@ class GenerationPlan:
     @property
     def peak(self) -> float:
         """Bytes that are needed."""
-        return sum(line.value for line in self.memory)
+        return total(self.memory)
 
     @property
     def fits(self) -> bool:
@@ -47,7 +47,7 @@ class GenerationPlan:
     @property
     def step_s(self) -> float:
         """Seconds of one token of every sequence."""
-        return sum(line.value for line in self.step)
+        return total(self.step)
 
 
 def plan_generation(
@@ -84,7 +84,7 @@ def plan_generation(
     read = width * (layers * (layer + 2 * D) + table + D)
     weights = read + (0 if model.tie_word_embeddings else width * table)
     cache = 2 * width * layers * batch * key * length * E
-    bandwidth = 1e9 * machine.memory_gbps * machine.memory_efficiency
+    bandwidth = machine.memory_rate()
     memory = show_rate(bandwidth)
     tensor, sums = wire(machine, tp, 1), 2 * layers + 1
     peak = machine.peak_flops(written.run.dtype) * machine.matmul_efficiency

@@ -1,7 +1,8 @@
-"""One quantity of a plan."""
+"""One quantity of a plan, and the sum of several."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -12,3 +13,8 @@ class Line:
     name: str
     value: float
     formula: str
+
+
+def total(lines: Iterable[Line]) -> float:
+    """The sum of quantities."""
+    return sum(line.value for line in lines)

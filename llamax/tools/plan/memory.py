@@ -42,7 +42,7 @@ from llamax.tools.plan.context import (
     passed,
 )
 from llamax.tools.plan.factors import input_bytes, put_off, put_off_bytes, saves_inputs, swiglu
-from llamax.tools.plan.line import Line
+from llamax.tools.plan.line import Line, total
 from llamax.tools.plan.nki_loss import loss_by_nki, loss_line
 from llamax.tools.plan.sizes import Share, stages_of
 from llamax.tools.plan.state import (
@@ -90,7 +90,7 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        return sum(line.value for line in self.lines)
+        return total(self.lines)
 
     @property
     def fits(self) -> bool:
@@ -150,7 +150,7 @@ def memory(share: Share, machine: Machine) -> Memory:
         moment: [line for line in (*always, *lines) if line.value]
         for moment, lines in moments.items()
     }
-    moment = max(nonzero, key=lambda name: sum(line.value for line in nonzero[name]))
+    moment = max(nonzero, key=lambda name: total(nonzero[name]))
     places = {name: place for place, name in enumerate(STATE)}
     return Memory(
         lines=tuple(sorted(nonzero[moment], key=lambda line: places.get(line.name, len(STATE)))),
@@ -260,15 +260,15 @@ def layer_kept(share: Share, machine: Machine, mode: Recompute) -> tuple[float, 
     norm = width if saves_inputs(machine) else 4 + width
     normed, gated = input_bytes(share, machine, between, D), swiglu(share, machine)
     heads = T * (2 * q + 2 * k) * width
-    total = float(between * (2 * D * norm + 8) + 2 * normed + heads + gated)
+    held = float(between * (2 * D * norm + 8) + 2 * normed + heads + gated)
     formula = (
         f"{between} tokens x {2 * norm} B x {D} + 2 x {show_bytes(normed)} normalised + "
         f"{T} tokens x {width} B x {2 * q + 2 * k} + {show_bytes(gated)} of SwiGLU"
     )
     if mode == "none":
-        total += attention_kept(share, machine)
+        held += attention_kept(share, machine)
         formula += f" + {show_bytes(attention_kept(share, machine))} inside attention"
-    return total, formula
+    return held, formula
 
 
 def outside_layers_kept(share: Share, machine: Machine) -> float:

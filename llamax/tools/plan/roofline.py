@@ -43,7 +43,7 @@ from llamax.runtime.units import (
 )
 from llamax.tools.plan import context
 from llamax.tools.plan.context import pairs
-from llamax.tools.plan.line import Line
+from llamax.tools.plan.line import Line, total
 from llamax.tools.plan.memory import by_nki, plain_attention
 from llamax.tools.plan.nki_loss import loss_by_nki, loss_seconds
 from llamax.tools.plan.nki_time import attention_seconds
@@ -71,7 +71,7 @@ class Time:
 
     @property
     def step_s(self) -> float:
-        return sum(line.value for line in self.lines)
+        return total(self.lines)
 
     @property
     def tokens_per_s(self) -> float:
@@ -151,7 +151,7 @@ def data_collectives(share: Share, data: Wire, behind_s: float) -> Line:
     Of what a microstep sends, ``behind_s`` go on while it computes.
     """
     zero, w, n = share.config.parallel.zero, share.width, share.accumulation
-    elements = sum(group.elements for group in share.groups)
+    elements = share.elements
     count, hidden_s = f"{show_number(elements)} elements", 0.0
     scattered_s, gathered_s = data.ring(4 * elements), data.ring(w * elements)
     if zero == 0:
@@ -178,7 +178,7 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
     """The seconds of a microstep on a stage, by purpose."""
     config, mesh, mode, w = share.config, share.mesh, share.config.run.recompute, share.width
     peak = machine.peak_flops(config.run.dtype)
-    bandwidth = 1e9 * machine.memory_gbps * machine.memory_efficiency
+    bandwidth = machine.memory_rate()
 
     half = forward_flops(share)[2]
     again = 1 if mode == "full" else 0
@@ -224,7 +224,7 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
     activation = share.tokens_between * share.model.hidden_size * w
     swaps = 2 * config.parallel.chunks - share.embeds - share.projects
 
-    elements = sum(group.elements for group in share.groups)
+    elements = share.elements
     owners = mesh.owners
     data = wire(machine, owners, mesh.tp)
     whole = share.base[1] * owners if share.spread else 0.0
@@ -308,7 +308,7 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
     The slowest stage sets the pace, and its parts are those that are listed.
     """
     stages = [(each, number, microstep(each, machine)) for each, number in stages_of(share.run)]
-    seconds = [sum(line.value for line in lines) for _, _, lines in stages]
+    seconds = [total(lines) for _, _, lines in stages]
     slowest_s = max(seconds)
     share, _, parts = stages[seconds.index(slowest_s)]
     all_s = sum(number * each for (_, number, _), each in zip(stages, seconds, strict=True))
@@ -317,15 +317,15 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
 
     config, mesh, n, w = share.config, share.mesh, share.accumulation, share.width
     peak = machine.peak_flops(config.run.dtype)
-    bandwidth = 1e9 * machine.memory_gbps * machine.memory_efficiency
-    elements, owners = sum(group.elements for group in share.groups), mesh.owners
+    bandwidth = machine.memory_rate()
+    elements, owners = share.elements, mesh.owners
     run = elements / owners
     updated = run if config.parallel.zero else elements
     element = 32 + w if config.optim.state_bits == 32 else 16 + w + ROUNDED_BYTES
     adamw = element * updated
     away = on_host(share, machine).value
     data = wire(machine, owners, mesh.tp)
-    behind_s = sum(line.value for line in parts if line.name in COMPUTED)
+    behind_s = total(line for line in parts if line.name in COMPUTED)
     replica = wire(machine, mesh.copies, mesh.tp * owners)
     times = count(n, "microstep")
     lines = (
@@ -351,7 +351,7 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
     )
     trained = adapter_elements(config) if share.tuned else 0
     step_tokens = share.run.step_tokens
-    step_s = sum(line.value for line in lines)
+    step_s = total(lines)
     return Time(
         lines=tuple(line for line in lines if line.value or BEHIND in line.formula),
         step_tokens=step_tokens,

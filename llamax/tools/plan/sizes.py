@@ -226,6 +226,11 @@ class Share:
         return [group for group in groups if group.elements]
 
     @cached_property
+    def elements(self) -> int:
+        """Elements of all groups of weights."""
+        return sum(group.elements for group in self.groups)
+
+    @cached_property
     def owners(self) -> int:
         """Data ranks that share the optimizer state."""
         return self.mesh.owners if self.config.parallel.zero else 1
@@ -237,6 +242,11 @@ class Share:
         return [
             group._replace(elements=-(-group.elements // ranks) * ranks) for group in self.groups
         ]
+
+    @cached_property
+    def padded_elements(self) -> int:
+        """Elements of all groups of weights, with padding."""
+        return sum(group.elements for group in self.padded_groups)
 
 
 def whole_tiles(side: int, tile: int) -> int:

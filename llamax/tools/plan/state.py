@@ -12,7 +12,7 @@ from llamax.config.constants import (
 )
 from llamax.config.hardware import Machine
 from llamax.runtime.units import show_bytes, show_number
-from llamax.tools.plan.line import Line
+from llamax.tools.plan.line import Line, total
 from llamax.tools.plan.sizes import Share
 
 WORKING_BYTES = 16  # an element, while an update is computed by plain operations and rounded
@@ -33,7 +33,6 @@ def state(share: Share, machine: Machine) -> list[Line]:
     """Weights and optimizer state, by the formulas in optim/zero.py and optim/lazy.py."""
     ranks, groups, width = share.owners, share.padded_groups, share.width
     uneven = sum(group.elements for group in groups if group.uneven)
-    per_rank = f" / {ranks} data ranks" if ranks > 1 else ""
     return [
         *frozen_base(share),
         Line("weights", kept(share, 3) * width, f"{width} B x {cut_over(share, 3)}"),
@@ -42,34 +41,39 @@ def state(share: Share, machine: Machine) -> list[Line]:
             "norm weights",
             NORM_WEIGHT_BYTES * uneven // ranks,
             f"{NORM_WEIGHT_BYTES} B x {show_number(uneven)} elements that ranks hold unequally"
-            f"{per_rank}",
+            f"{_per_rank(share)}",
         ),
     ]
 
 
+def _per_rank(share: Share) -> str:
+    """Over how many data ranks state is cut, in words; empty where it is not."""
+    return f" / {share.owners} data ranks" if share.owners > 1 else ""
+
+
 def masters(share: Share, machine: Machine) -> Line:
     """Float32 copies of narrower weights; float32 weights are their own, but in a program."""
-    ranks, elements = share.owners, sum(group.elements for group in share.padded_groups)
+    ranks, elements = share.owners, share.padded_elements
     present = share.width < 4 or compiled(machine)
-    per_rank = f" / {ranks} data ranks" if ranks > 1 else ""
     return Line(
         "masters",
         MASTER_BYTES * elements // ranks if present else 0,
-        f"{MASTER_BYTES} B x {show_number(elements)} elements{per_rank}",
+        f"{MASTER_BYTES} B x {show_number(elements)} elements{_per_rank(share)}",
     )
 
 
 def moments(share: Share) -> Line:
     """AdamW's two moments of every element."""
-    ranks, elements = share.owners, sum(group.elements for group in share.padded_groups)
-    per_rank = f" / {ranks} data ranks" if ranks > 1 else ""
+    ranks, elements = share.owners, share.padded_elements
     wide, narrow = moments_bytes(32), moments_bytes(8)
     rounded = in_8_bits(share) if share.config.optim.state_bits == 8 else 0
     value = (narrow * rounded + wide * (elements - rounded)) / ranks
-    formula = f"2 x {wide / 2:g} B x {show_number(elements - rounded)} elements{per_rank}"
+    formula = f"2 x {wide / 2:g} B x {show_number(elements - rounded)} elements{_per_rank(share)}"
     if rounded:
         rest = f", {formula}" if rounded < elements else ""
-        formula = f"2 x {narrow / 2:.3g} B x {show_number(rounded)} elements{per_rank}{rest}"
+        formula = (
+            f"2 x {narrow / 2:.3g} B x {show_number(rounded)} elements{_per_rank(share)}{rest}"
+        )
     return Line("moments", int(value), formula)
 
 
@@ -106,14 +110,13 @@ def on_host(share: Share, machine: Machine) -> Line:
     """Optimizer state that a rank keeps in the memory of its host."""
     lines = [masters(share, machine), moments(share)] if _away(share, machine) else []
     formulas = (f"{line.name} {line.formula}" for line in lines if line.value)
-    return Line("optimizer state", sum(line.value for line in lines), ", ".join(formulas))
+    return Line("optimizer state", total(lines), ", ".join(formulas))
 
 
 def cut_over(share: Share, stage: int) -> str:
     """The elements of ``kept`` in words."""
-    ranks, elements = share.owners, sum(group.elements for group in share.padded_groups)
-    cut = share.config.parallel.zero >= stage and ranks > 1 and not share.tuned
-    return f"{show_number(elements)} elements" + (f" / {ranks} data ranks" if cut else "")
+    cut = share.config.parallel.zero >= stage and not share.tuned
+    return f"{show_number(share.padded_elements)} elements{_per_rank(share) * cut}"
 
 
 def in_flight(share: Share, machine: Machine) -> Line:
@@ -206,7 +209,7 @@ def update(share: Share, machine: Machine) -> Line:
     """
     if not compiled(machine):
         return streamed(share)
-    ranks, elements = share.owners, sum(group.elements for group in share.padded_groups)
+    ranks, elements = share.owners, share.padded_elements
     if share.config.parallel.zero > 1 and ranks > 1 and share.mesh.copies == 1:
         return Line("update", 0.0, "the gradients are runs already")
     runs, weights = GRADIENT_BYTES * elements // ranks, share.width * kept(share, 3)
