@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from llamax.tools.monitor.columns import Numbers
+from llamax.tools.monitor.live_log import LARGEST
 
 WIDTH, HEIGHT = 520, 240
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 34
 POINTS = 400  # drawn for each curve
 COLOURS = 8
-LARGEST = 1e100  # sums and differences of larger values may be infinite
 Point = tuple[float, float]
 
 

@@ -30,6 +30,7 @@ from llamax.runtime.units import (
     show_number,
     show_time,
 )
+from llamax.tools.monitor.live_log import LARGEST
 from llamax.tools.monitor.run_folder import RunFolder, percentiles
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -44,7 +45,6 @@ STATES = {
 }
 LEFT, SPARK = 13, 26  # columns of labels and of sparklines
 SHORTEST, PERCENT = 10, 7  # columns of the shortest bar, and of the percentage after it
-LARGEST = 1e100  # sums and differences of larger values may be infinite
 SHOWN = 6  # ranks in trouble, or idle cores, that are named
 
 
@@ -164,22 +164,22 @@ def _curves(run: RunFolder, paint: Paint) -> Iterator[str]:
     more, validated = "", run.history.validation_loss
     if validated is not None:
         more = f"validation {validated:.4f}, perplexity {perplexity(validated):.1f}"
-    yield _row(paint, "loss", f"{last.loss:.4f}", run, "loss", more)
-    yield _row(paint, "grad norm", f"{last.grad_norm:.3f}", run, "grad_norm")
+    yield _curve(paint, "loss", f"{last.loss:.4f}", run, "loss", more)
+    yield _curve(paint, "grad norm", f"{last.grad_norm:.3f}", run, "grad_norm")
     if skipped := run.history.skipped:
-        label = paint(f"{'skipped':<{LEFT}}", "dim")
-        yield f"{label} {skipped:>9,}  {'step' if skipped == 1 else 'steps'} without an update"
+        steps = "step" if skipped == 1 else "steps"
+        yield _row(paint, "skipped", f"{skipped:,}", f"{steps} without an update")
     if last.rewinds:
-        label = paint(f"{'went back':<{LEFT}}", "dim")
         times = "time" if last.rewinds == 1 else "times"
-        yield f"{label} {last.rewinds:>9,}  {times} to a checkpoint, after skipped steps"
+        after = f"{times} to a checkpoint, after skipped steps"
+        yield _row(paint, "went back", f"{last.rewinds:,}", after)
     ranks = int(run.environment.get("ranks", 0))
     per_rank = f"{show_number(last.tokens_per_s / ranks)} a rank" if ranks > 1 else ""
     total = show_number(last.tokens_per_s)
-    yield _row(paint, "tokens/s", total, run, "tokens_per_s", per_rank)
+    yield _curve(paint, "tokens/s", total, run, "tokens_per_s", per_rank)
     if last.mfu:
-        yield _row(paint, "MFU", f"{last.mfu:.1%}", run, "mfu")
-    yield _row(paint, "learning rate", f"{last.lr:.2e}", run, "lr")
+        yield _curve(paint, "MFU", f"{last.mfu:.1%}", run, "mfu")
+    yield _curve(paint, "learning rate", f"{last.lr:.2e}", run, "lr")
 
 
 def _no_report(run: RunFolder) -> str:
@@ -194,9 +194,15 @@ def _no_report(run: RunFolder) -> str:
     return "; ".join(parts)
 
 
-def _row(paint: Paint, name: str, value: str, run: RunFolder, field: str, more: str = "") -> str:
+def _row(paint: Paint, name: str, value: object, more: str = "") -> str:
+    """A line of the view: a name, its value, and what else there is to say."""
+    return f"{paint(f'{name:<{LEFT}}', 'dim')} {value:>9}  {more}".rstrip()
+
+
+def _curve(paint: Paint, name: str, value: str, run: RunFolder, field: str, more: str = "") -> str:
+    """A row with the course of a value."""
     curve = sparkline(run.history.trends[field], SPARK)
-    return f"{paint(f'{name:<{LEFT}}', 'dim')} {value:>9}  {paint(curve, 'cyan')}  {more}".rstrip()
+    return _row(paint, name, value, f"{paint(curve, 'cyan')}  {more}")
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
@@ -222,15 +228,12 @@ def _pace(run: RunFolder, paint: Paint) -> Iterator[str]:
         return
     recent = [record.step_s for record in run.history.recent]
     half, most, worst = percentiles(recent, (50, 90, 99))
-    label = paint(f"{'step time':<{LEFT}}", "dim")
-    yield (
-        f"{label} {show_fine_time(half):>9}  median of {count(len(recent), 'report')}, "
-        f"p90 {show_fine_time(most)}, p99 {show_fine_time(worst)}"
-    )
-    label = paint(f"{'tokens':<{LEFT}}", "dim")
-    tokens = show_number(run.last.consumed_tokens)
+    others = f"p90 {show_fine_time(most)}, p99 {show_fine_time(worst)}"
+    reports = f"median of {count(len(recent), 'report')}, {others}"
+    yield _row(paint, "step time", show_fine_time(half), reports)
+    tokens, memory = show_number(run.last.consumed_tokens), show_bytes(run.last.memory_bytes)
     ago = show_time(max(run.now - run.written, 0))
-    yield f"{label} {tokens:>9}  memory {show_bytes(run.last.memory_bytes)}; last report {ago} ago"
+    yield _row(paint, "tokens", tokens, f"memory {memory}; last report {ago} ago")
 
 
 def _ranks(run: RunFolder, paint: Paint) -> Iterator[str]:
@@ -238,13 +241,10 @@ def _ranks(run: RunFolder, paint: Paint) -> Iterator[str]:
         return
     good = [rank for rank in run.ranks if rank.state in ("alive", "done")]
     word = "done" if run.state in ("finished", "stopped") else "alive"
-    label = paint(f"{'ranks':<{LEFT}}", "dim")
     hosts = count(len({rank.beat.host for rank in run.ranks}), "host")
-    alive = f"{len(good)}/{len(run.ranks)}"
-    yield (
-        f"{label} {alive:>9}  {word}, on {hosts}; "
-        f"steps {min(r.beat.step for r in run.ranks)} to {max(r.beat.step for r in run.ranks)}"
-    )
+    steps = [rank.beat.step for rank in run.ranks]
+    where = f"{word}, on {hosts}; steps {min(steps)} to {max(steps)}"
+    yield _row(paint, "ranks", f"{len(good)}/{len(run.ranks)}", where)
     bad = [rank for rank in run.ranks if rank.state not in ("alive", "done")]
     for rank in bad[:SHOWN]:
         what = (
@@ -262,10 +262,10 @@ def _ranks(run: RunFolder, paint: Paint) -> Iterator[str]:
 def _cores(run: RunFolder, paint: Paint) -> Iterator[str]:
     if not run.cores:
         return
-    label = paint(f"{'device use':<{LEFT}}", "dim")
     mean = sum(run.cores.values()) / len(run.cores)
     cells = "".join(BLOCKS[round(min(use, 1.0) * (len(BLOCKS) - 1))] for use in run.cores.values())
-    yield f"{label} {mean:>9.0%}  {paint(cells[:64], 'cyan')}  {count(len(run.cores), 'core')}"
+    cores = count(len(run.cores), "core")
+    yield _row(paint, "device use", f"{mean:.0%}", f"{paint(cells[:64], 'cyan')}  {cores}")
     low = sorted(run.cores.items(), key=lambda item: item[1])[:SHOWN]
     idle = [f"{core} {use:.0%}" for core, use in low if use < mean / 2]
     if idle:
@@ -275,11 +275,10 @@ def _cores(run: RunFolder, paint: Paint) -> Iterator[str]:
 
 
 def _saved(run: RunFolder, paint: Paint) -> Iterator[str]:
-    label = paint(f"{'checkpoint':<{LEFT}}", "dim")
     if not run.saved:
-        yield f"{label} {'none':>9}"
+        yield _row(paint, "checkpoint", "none")
         return
     last = run.saved[-1]
     ago = show_time(max(run.now - last.time, 0))
     size = show_bytes(last.size_bytes)
-    yield f"{label} {last.step:>9,}  {size}, {ago} ago; {len(run.saved)} kept"
+    yield _row(paint, "checkpoint", f"{last.step:,}", f"{size}, {ago} ago; {len(run.saved)} kept")
