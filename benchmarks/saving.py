@@ -43,6 +43,7 @@ from llamax.checkpoint.safetensors_io import TAGS, build_header
 from llamax.config.load import load_config
 from llamax.config.model import ModelConfig
 from llamax.config.schema import CheckpointConfig
+from llamax.config.step_folders import MANIFEST, step_name
 from llamax.model.llama import Llama
 from llamax.parallel.collectives import Axes
 from llamax.parallel.sharding import ShardedParameter, ShardedParameters, local_shape, whole_shape
@@ -150,13 +151,13 @@ def rounds(count: int, folder: Path, shape: ModelConfig) -> None:
         return folder / name
 
     for step in range(1, count + 1):
-        emptied(files.step_name(step - 1))
+        emptied(step_name(step - 1))
         began = now()
         saver.save(step, owned, {}, shape.to_hub("float32"), "")
         note(f"save: training waits{', the first time' * (step == 1)}", since(began))
         saver.wait()
         note("save: until committed", since(began))
-        checkpoint = folder / files.step_name(step)
+        checkpoint = folder / step_name(step)
         size_bytes = sum(path.stat().st_size for path in checkpoint.iterdir())
         note("plain copy, durable", timed(copy, checkpoint, emptied("copy")))
         out = emptied("safetensors")
@@ -274,10 +275,10 @@ def build(folder: Path, recipe: str, tensor: int, data: int, bucket: int = 1 << 
 
 
 def planning(folder: Path, recipe: str, tensor: int, data: int) -> None:
-    folder = folder / files.step_name(1)
+    folder = folder / step_name(1)
     folder.mkdir()
     count = build(folder, recipe, tensor, data)
-    text = sum((folder / name).stat().st_size for name in (files.MANIFEST, files.INDEX))
+    text = sum((folder / name).stat().st_size for name in (MANIFEST, files.INDEX))
     apparent = sum(path.stat().st_size for path in folder.iterdir())
     print(
         f"{count:,} runs in {len([*folder.iterdir()])} files of {apparent / 1e12:.2f} TB (sparse)"

@@ -25,8 +25,8 @@ from llamax.checkpoint.atomic import (
     read_note,
     write_note,
 )
-from llamax.checkpoint.manifest import DONE
 from llamax.checkpoint.reader import Checkpoint
+from llamax.config.step_folders import DONE
 from llamax.runtime.errors import CheckpointError, LlamaxError
 from llamax.runtime.files import (
     make_folder,

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamax.checkpoint import manifest
 from llamax.checkpoint.atomic import explain_write_errors
 from llamax.checkpoint.hf_files import StoredWeight, names_without_index, read_weights
 from llamax.checkpoint.hf_quantized import check_quantization
@@ -32,6 +31,7 @@ from llamax.checkpoint.runs import Run, boxes, row_width
 from llamax.checkpoint.safetensors_io import SLAB_BYTES
 from llamax.checkpoint.source import Piece, Source
 from llamax.config.model import MAX_LAYERS
+from llamax.config.step_folders import MANIFEST, is_checkpoint
 from llamax.runtime import json_reader
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.files import is_file_name, new_file
@@ -75,13 +75,9 @@ class HfFolder(Source):
             if os.path.lexists(self.folder / name):
                 self._inside(self.folder / name)
         if not (self.folder / CONFIG_JSON).exists():
-            ours = (
-                manifest.STEP_FOLDER.match(self.folder.name)
-                or (self.folder / manifest.MANIFEST).exists()
-            )
             remedy = (
                 "it is a checkpoint of llamax: convert it with llamax consolidate"
-                if ours or newest_checkpoint(self.folder)
+                if is_checkpoint(self.folder) or newest_checkpoint(self.folder)
                 else "give a folder that save_pretrained or llamax consolidate wrote"
             )
             raise CheckpointError(
@@ -267,7 +263,7 @@ def open_source(path: Path | str) -> Source:
     _check_no_adapters(path)
     if (path / CONFIG_JSON).is_file():
         return HfFolder(path)
-    if not (path / manifest.MANIFEST).exists() and newest_checkpoint(path) is None:
+    if not (path / MANIFEST).exists() and newest_checkpoint(path) is None:
         refuse_adapter_shards(path)
         raise CheckpointError(
             f"{path} holds no model: give a Hugging Face folder (with {CONFIG_JSON}), the folder "

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: list them, and find the newest, the newest intact, or a given one."""
+"""The checkpoints of a run: the newest, the newest intact, a given one, and their losses."""
 
 from __future__ import annotations
 
@@ -6,31 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llamax.checkpoint.manifest import (
-    DONE,
-    MANIFEST,
-    STEP_FOLDER,
-    read_manifest,
-    step_of,
-)
-from llamax.config.constants import CHECKPOINTS_FOLDER
+from llamax.checkpoint.manifest import read_manifest
+from llamax.config.step_folders import is_checkpoint, list_checkpoints
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.logging import logger
 
 SEARCH_BYTES = 2**29  # hashed at most in search of an intact checkpoint before an error is shown
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first.
-
-    ``folder`` is the run's folder or its ``checkpoints``.
-    """
-    inner = folder / CHECKPOINTS_FOLDER
-    folder = inner if inner.is_dir() else folder
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name)]
-    return sorted((path for path in found if (path / DONE).is_file()), key=step_of)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -47,7 +28,7 @@ def find_checkpoint(path: Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint folder {path}; check the path")
-    if (path / MANIFEST).exists() or STEP_FOLDER.match(path.name):
+    if is_checkpoint(path):
         return path
     found = newest_checkpoint(path)
     if found is None:

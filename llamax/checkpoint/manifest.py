@@ -35,10 +35,8 @@ from llamax.checkpoint.manifest_index import INDEX as INDEX
 from llamax.checkpoint.manifest_index import Index, KindRecord, pack, tiles
 from llamax.checkpoint.runs import Run
 from llamax.checkpoint.safetensors_header import DTYPE_NAMES, MAX_HEADER_BYTES
-from llamax.config.base_model import DONE as DONE
-from llamax.config.base_model import MANIFEST as MANIFEST
-from llamax.config.base_model import STEP_FOLDER as STEP_FOLDER
 from llamax.config.constants import CONFIG_FILE
+from llamax.config.step_folders import DONE, MANIFEST, STEP_FOLDER, step_name, step_of
 from llamax.parallel.mesh import ALONE, Seat
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.files import plain_file, sha256
@@ -179,16 +177,6 @@ class _Version:
 
 
 _SCHEMA, _VERSION = TypeAdapter(_Stored), TypeAdapter(_Version)
-
-
-def step_name(step: int) -> str:
-    """The folder name of a step's checkpoint."""
-    return f"step-{step:08d}"
-
-
-def step_of(folder: Path) -> int:
-    """The step in the name of a checkpoint folder."""
-    return int(folder.name.removeprefix("step-"))
 
 
 def rank_name(tp_rank: int, data_rank: int, stage: Seat = ALONE) -> str:

@@ -24,13 +24,14 @@ from llamax.checkpoint import manifest
 from llamax.checkpoint.atomic import explain_write_errors
 from llamax.checkpoint.hf_beside import HUB, HUB_PART
 from llamax.checkpoint.manifest_index import INDEX
+from llamax.config.step_folders import DONE, MANIFEST, STEP_FOLDER
 from llamax.runtime.files import sync_folder
 from llamax.runtime.logging import logger
 from llamax.runtime.text import printable_line
 
 # Names in the folder of a checkpoint, complete or not; .nfs: a deleted file that is still open.
 OWN = re.compile(
-    rf"\.?(done|{re.escape(manifest.MANIFEST)}|{re.escape(INDEX)}|{re.escape(manifest.CONFIG_TOML)}"
+    rf"\.?(done|{re.escape(MANIFEST)}|{re.escape(INDEX)}|{re.escape(manifest.CONFIG_TOML)}"
     rf"|(rank|failed)-[\w-]+\.json|{manifest.RANK_FILE.pattern})(\.part|\.partial)?"
     rf"|{HUB}|{re.escape(HUB_PART)}|\.nfs\w+"
 )
@@ -90,7 +91,7 @@ def delete_checkpoint(folder: Path) -> None:
     if folder.is_symlink():
         folder.unlink()
         return
-    (folder / manifest.DONE).unlink(missing_ok=True)
+    (folder / DONE).unlink(missing_ok=True)
     sync_folder(folder)
     shutil.rmtree(folder)
 
@@ -126,17 +127,17 @@ def clean_up(folder: Path) -> None:
     """Remove what interrupted saves and deletions left in ``folder``; finish a replacement."""
     for path in sorted(folder.glob("step-*")):
         name = path.name.removesuffix(".tmp").removesuffix(".old")
-        if not path.is_dir() or not manifest.STEP_FOLDER.fullmatch(name):
+        if not path.is_dir() or not STEP_FOLDER.fullmatch(name):
             continue
         final = folder / name
-        if path.name.endswith(".old") and not (final / manifest.DONE).exists():
+        if path.name.endswith(".old") and not (final / DONE).exists():
             if os.path.lexists(final):
                 sweep(final)
-            if (path / manifest.DONE).exists():
+            if (path / DONE).exists():
                 os.rename(path, final)
             else:
                 sweep(path)
-        elif path.name != name or not (path / manifest.DONE).exists():
+        elif path.name != name or not (path / DONE).exists():
             sweep(path)
         elif not path.is_symlink():
             part = path / HUB_PART

@@ -49,6 +49,7 @@ from llamax.checkpoint.retention import clean_up, delete_or_warn, move_to_past, 
 from llamax.checkpoint.runs import Run
 from llamax.checkpoint.safetensors_io import TAGS, TensorStream, as_bytes, write_safetensors
 from llamax.config.schema import CheckpointConfig
+from llamax.config.step_folders import STEP_FOLDER, list_checkpoints, step_name, step_of
 from llamax.parallel.collectives import Axes
 from llamax.parallel.mesh import Seat
 from llamax.parallel.sharding import ShardedParameters, whole_shape
@@ -242,12 +243,12 @@ class Saver:
     def _guarded(
         self, kept: list[Kept], rng: Tensor | None, manifest: files.Manifest, config_text: str
     ) -> None:
-        folder = self.folder / (files.step_name(manifest.step) + ".tmp")
+        folder = self.folder / (step_name(manifest.step) + ".tmp")
         try:
             with explain_write_errors(folder, 0):
                 if self._first:
                     for leftover in self.folder.glob("step-*.tmp"):  # of saves that failed
-                        step = files.STEP_FOLDER.fullmatch(leftover.stem)
+                        step = STEP_FOLDER.fullmatch(leftover.stem)
                         if step and leftover.name < folder.name and leftover.is_dir():
                             sweep(leftover)
                 make_folder(folder)
@@ -265,7 +266,7 @@ class Saver:
         world_size = self.pp.size * self.data.size * self.tp.size
         try:
             write_hf_folder_beside(
-                self.folder / files.step_name(step), folder, rank, world_size, self.timeout_s
+                self.folder / step_name(step), folder, rank, world_size, self.timeout_s
             )
         except LlamaxError as error:
             kind = NoRoom if isinstance(error, NoRoom) else CheckpointError
@@ -340,7 +341,7 @@ class Saver:
         for path in folder.glob("rank-*.json"):
             path.unlink()
         files.write_manifest(folder, manifest, config_text)
-        publish(folder, self.folder / files.step_name(manifest.step))
+        publish(folder, self.folder / step_name(manifest.step))
         self._retire(manifest)
 
     def _retire(self, manifest: files.Manifest) -> None:
@@ -348,14 +349,14 @@ class Saver:
         self._scores.pop(manifest.step, None)  # of a run that was taken back before this step
         if self.config.keep_best and manifest.score is not None and math.isfinite(manifest.score):
             self._scores[manifest.step] = manifest.score
-        for later in listing.list_checkpoints(self.folder):  # the run has gone back behind these
-            if (step := files.step_of(later)) > manifest.step:
+        for later in list_checkpoints(self.folder):  # the run has gone back behind these
+            if (step := step_of(later)) > manifest.step:
                 self._scores.pop(step, None)
                 move_to_past(later)
         best = min(self._scores, key=self._scores.__getitem__, default=None)
         keep, keep_every = self.config.keep, self.config.keep_every
-        for old in listing.list_checkpoints(self.folder)[:-keep] if keep else []:
-            step = files.step_of(old)
+        for old in list_checkpoints(self.folder)[:-keep] if keep else []:
+            step = step_of(old)
             for_good = keep_every and step % keep_every == 0
             if step not in (manifest.step, best) and not for_good:
                 delete_or_warn(old)

@@ -13,15 +13,15 @@ What the weights fix cannot be changed; ``FREE`` fields can.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llamax.config.constants import CHECKPOINTS_FOLDER, CONFIG_FILE
+from llamax.config.constants import CONFIG_FILE
 from llamax.config.model import ModelConfig
 from llamax.config.schema import Config
+from llamax.config.step_folders import MANIFEST, list_checkpoints
 from llamax.config.toml import Problems, build, read_toml
 from llamax.runtime import json_reader
 from llamax.runtime.errors import ConfigError
@@ -39,9 +39,6 @@ FREE = (
     "eos_token_id",
     *ROPE,
 )
-# Names in a folder of checkpoints; llamax.checkpoint.manifest describes what they hold.
-STEP_FOLDER = re.compile(r"step-(\d{8}|[1-9]\d{8,})", re.ASCII)
-MANIFEST, DONE = "manifest.json", "done"
 MAX_BYTES = 1 << 30  # of a manifest, which lists the runs of every tensor on every rank
 
 
@@ -116,13 +113,9 @@ def read_base(folder: Path) -> Base | None:
                 hub |= {} if ends is None else {"eos_token_id": ends}
         else:
             if not (folder / MANIFEST).is_file():
-                steps = folder / CHECKPOINTS_FOLDER
-                steps = steps if steps.is_dir() else folder
-                saved = [p for p in steps.glob("step-*") if STEP_FOLDER.fullmatch(p.name)]
-                saved = [p for p in saved if (p / DONE).is_file()]
-                if not saved:
+                if not (saved := list_checkpoints(folder)):
                     return None
-                folder = max(saved, key=lambda p: int(p.name.partition("-")[2]))
+                folder = saved[-1]
             if (model := _recorded(folder / CONFIG_FILE)) is not None:
                 return Base(model, folder)
             path = folder / MANIFEST

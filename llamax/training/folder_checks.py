@@ -6,7 +6,6 @@ import os
 import re
 from pathlib import Path
 
-from llamax.checkpoint.manifest import STEP_FOLDER
 from llamax.config.constants import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
@@ -14,6 +13,7 @@ from llamax.config.constants import (
     LOCK_FILE,
     METRICS_FILE,
 )
+from llamax.config.step_folders import STEP_FOLDER
 from llamax.runtime.errors import ConfigError, LinkError
 from llamax.runtime.files import read_file, refuse_foreign_link
 from llamax.runtime.json_reader import parse_object

@@ -16,9 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llamax.checkpoint.listing import list_checkpoints
-from llamax.checkpoint.manifest import step_name, step_of
 from llamax.config.constants import CHECKPOINTS_FOLDER
+from llamax.config.step_folders import list_checkpoints, step_name, step_of
 from llamax.runtime.errors import NotFinite
 from llamax.runtime.logging import logger
 from llamax.training.setup import Job

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 
-from llamax.checkpoint.listing import list_checkpoints
-from llamax.checkpoint.manifest import step_of
 from llamax.checkpoint.save import Saver
 from llamax.config.constants import MASTER_BYTES, MOMENTS_BYTES
+from llamax.config.step_folders import list_checkpoints, step_of
 from llamax.model.lora import num_parameters
 from llamax.optim.zero import Zero
 from llamax.runtime.errors import NoRoom

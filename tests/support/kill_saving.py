@@ -26,8 +26,8 @@ import torch
 
 import support.checkpoints as worlds
 from llamax.checkpoint import Checkpoint, Saver, listing
-from llamax.checkpoint import manifest as files
 from llamax.config.schema import CheckpointConfig
+from llamax.config.step_folders import list_checkpoints, step_of
 
 MODEL = worlds.llama(layers=1)
 MESHES = {1: (1, 1), 2: (1, 2), 4: (2, 2)}
@@ -121,17 +121,17 @@ def look(folder: Path, rank: worlds.Rank) -> str:
         if swept:
             saver(folder, rank)
             names = {path.name for path in folder.glob("step-*")}
-            if names != {path.name for path in listing.list_checkpoints(folder)}:
+            if names != {path.name for path in list_checkpoints(folder)}:
                 return f"leftovers after the sweep: {sorted(names)}"
         newest = listing.newest_checkpoint(folder)
-        if at_least and (newest is None or files.step_of(newest) < at_least):
+        if at_least and (newest is None or step_of(newest) < at_least):
             return f"step {at_least} was committed, the newest is {newest}"
-        for path in listing.list_checkpoints(folder):
+        for path in list_checkpoints(folder):
             source = Checkpoint(path)
             source.verify()
             for name in source.names():
                 for kind in source.kinds(name):
-                    if not (source.read(name, kind) == files.step_of(path)).all():
+                    if not (source.read(name, kind) == step_of(path)).all():
                         return f"{path}: {name} ({kind}) is of another step"
     return ""
 
@@ -153,7 +153,7 @@ def main() -> int:
         folder = Path(temporary)
         for kill in range(args.kills):
             newest = listing.newest_checkpoint(folder)
-            first = files.step_of(newest) + 1 if newest else 1
+            first = step_of(newest) + 1 if newest else 1
             report(folder, first - 1)
             calls = chance.randint(1, CALLS) if kill % 2 else 0
             deadly = chance.randrange(len(ranks))
@@ -175,7 +175,7 @@ def main() -> int:
                 bad += 1
                 print(f"kill {kill}: {found}", flush=True)
             last = listing.newest_checkpoint(folder)
-            saved += files.step_of(last) - first + 1 if last else 0
+            saved += step_of(last) - first + 1 if last else 0
     print(f"{args.kills} kills, {args.ranks} ranks, {saved} checkpoints committed: {bad} bad")
     return 1 if bad else 0
 

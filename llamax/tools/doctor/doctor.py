@@ -20,7 +20,6 @@ from functools import cache, partial
 from pathlib import Path
 
 from llamax.checkpoint.hf_folder import open_source
-from llamax.checkpoint.listing import list_checkpoints
 from llamax.config.base_model import read_base
 from llamax.config.constants import RENDEZVOUS_PORT
 from llamax.config.data_path import RANDOM, blend_words
@@ -29,6 +28,7 @@ from llamax.config.model import ModelConfig
 from llamax.config.neuron_sdk import installed_sdk
 from llamax.config.rules.pipeline import chunk_layers
 from llamax.config.schema import BackendName, Config
+from llamax.config.step_folders import list_checkpoints
 from llamax.data.dataset import open_dataset
 from llamax.launch.environment import sdk_notes
 from llamax.launch.jobfile import JobFile

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from llamax.checkpoint import manifest as files
 from llamax.checkpoint.adapter_record import AdapterInfo, recorded
-from llamax.checkpoint.listing import list_checkpoints, suggest_intact
+from llamax.checkpoint.listing import suggest_intact
 from llamax.checkpoint.safetensors_header import DTYPE_NAMES
 from llamax.config.constants import LOSS_SCALE_STATE, SPIKES_STATE
 from llamax.config.data_path import blend_words
 from llamax.config.model import ModelConfig
+from llamax.config.step_folders import is_checkpoint, list_checkpoints
 from llamax.data.chat.record import PROMPT, PromptRecord
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.hub import local_folder
@@ -63,7 +64,7 @@ def describe(path: Path | str, verify: bool = False) -> Rows:
         return _megatron(prefix, verify)
     if path.suffix == ".safetensors":
         return _container(path, verify)
-    if (path / files.MANIFEST).exists() or files.STEP_FOLDER.match(path.name):
+    if is_checkpoint(path):
         return _checkpoint(path, verify)
     if (path / ADAPTER_CONFIG).is_file():
         return _adapter(path, verify)

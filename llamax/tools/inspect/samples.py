@@ -17,10 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 from llamax.checkpoint.listing import newest_checkpoint
-from llamax.checkpoint.manifest import MANIFEST
 from llamax.checkpoint.places import config_beside, find_folder
 from llamax.config.data_path import blend_words
 from llamax.config.schema import DataConfig
+from llamax.config.step_folders import MANIFEST
 from llamax.data.blended_loader import turns
 from llamax.data.dataset import Dataset, Split, open_dataset
 from llamax.data.packing import Packs

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 from llamax.checkpoint.hf_folder import HfFolder, read_json
 from llamax.checkpoint.listing import newest_checkpoint
 from llamax.checkpoint.load import check_shapes
-from llamax.checkpoint.manifest import MANIFEST
 from llamax.checkpoint.peft import PeftFolder
 from llamax.config.base_model import read_base
 from llamax.config.constants import CONFIG_FILE, METRICS_FILE
 from llamax.config.load import recorded_config
+from llamax.config.step_folders import MANIFEST
 from llamax.model.llama import Llama
 from llamax.runtime.errors import CheckpointError, ConfigError, HubError
 from llamax.runtime.hub import forget_revisions

@@ -14,11 +14,10 @@ from llamax.checkpoint import (
     Checkpoint,
     Saver,
     find_checkpoint,
-    listing,
     newest_checkpoint,
     retention,
 )
-from llamax.checkpoint import manifest as files
+from llamax.config.step_folders import DONE, list_checkpoints, step_of
 from llamax.runtime.errors import LinkError
 
 MODEL = worlds.llama()
@@ -122,7 +121,7 @@ def test_what_cannot_be_deleted_does_not_fail_a_save(
 
 
 def steps_in(folder: Path) -> list[int]:
-    return [files.step_of(path) for path in listing.list_checkpoints(folder)]
+    return [step_of(path) for path in list_checkpoints(folder)]
 
 
 def test_some_stay_for_good(tmp_path: Path, rank: worlds.Rank) -> None:
@@ -165,11 +164,11 @@ def test_clean_up_deletes_nothing_behind_a_link(tmp_path: Path, name: str, state
     for path in (target / "hub.part" / "precious", target / "precious"):
         path.write_text("x")
     if state == "complete":
-        (target / files.DONE).write_text("x")
+        (target / DONE).write_text("x")
     before = sorted(target.rglob("*"))
     (run / name).parent.mkdir(parents=True)
     if name.endswith("hub.part"):
-        (run / "step-00000001" / files.DONE).write_text("x")
+        (run / "step-00000001" / DONE).write_text("x")
     (run / name).symlink_to(target)
     retention.clean_up(run)
     assert sorted(target.rglob("*")) == before
@@ -183,11 +182,11 @@ def test_a_linked_final_gives_way_to_the_previous_checkpoint(tmp_path: Path) -> 
     for folder in (target, run / "step-00000001.old"):
         folder.mkdir(parents=True)
     (target / "precious").write_text("x")
-    (run / "step-00000001.old" / files.DONE).write_text("x")
+    (run / "step-00000001.old" / DONE).write_text("x")
     (run / "step-00000001").symlink_to(target)
     retention.clean_up(run)
     assert [path.name for path in run.iterdir()] == ["step-00000001"]
-    assert (run / "step-00000001" / files.DONE).exists()
+    assert (run / "step-00000001" / DONE).exists()
     assert not (run / "step-00000001").is_symlink()
     assert (target / "precious").exists()
 

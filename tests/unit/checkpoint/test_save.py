@@ -13,7 +13,6 @@ from support.saving import save_step, saver
 
 from llamax.checkpoint import (
     Checkpoint,
-    listing,
     load_weights,
     newest_checkpoint,
     retention,
@@ -21,6 +20,7 @@ from llamax.checkpoint import (
 )
 from llamax.checkpoint import manifest as files
 from llamax.config.model import ModelConfig
+from llamax.config.step_folders import list_checkpoints
 
 MODEL = worlds.llama()
 
@@ -88,7 +88,7 @@ def test_at_most_one_save_is_in_flight(tmp_path: Path, rank: worlds.Rank) -> Non
         new = {*threading.enumerate()} - before
         assert sum(thread.name == "llamax-checkpoint" for thread in new) <= 1
     mine.wait()
-    assert [path.name for path in listing.list_checkpoints(tmp_path)] == [
+    assert [path.name for path in list_checkpoints(tmp_path)] == [
         f"step-0000000{n}" for n in (1, 2, 3)
     ]
 
