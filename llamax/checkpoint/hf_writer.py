@@ -24,11 +24,12 @@ from torch import Tensor
 from llamax.checkpoint import slabs
 from llamax.checkpoint.atomic import explain_write_errors
 from llamax.checkpoint.hf_folder import HfFolder, write_json
-from llamax.checkpoint.places import config_beside, cut_from, dataset_of, find_folder
+from llamax.checkpoint.places import cut_from, dataset_of, find_folder
 from llamax.checkpoint.plain_llama import check_plain
 from llamax.checkpoint.prompt_record import prompt_of, write_prompt
 from llamax.checkpoint.safetensors_io import build_header, write_tensor_at
 from llamax.checkpoint.source import Source, dtype_name
+from llamax.config.load import config_in
 from llamax.config.model import ModelConfig
 from llamax.data.tokenizer.hf_export import export_tokenizer
 from llamax.data.tokenizer.hf_tokenizer import HuggingFace
@@ -222,7 +223,7 @@ def _ids(value: object) -> list[int]:
 
 def _base_folder(source: Source) -> Path | None:
     """The Hugging Face folder from which a checkpoint's run started, if it is present."""
-    config = config_beside(source.folder)
+    config = config_in(source.folder)
     if config is None or not config.checkpoint.init_from:
         return None
     named = config.checkpoint.init_from

@@ -12,11 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from llamax.checkpoint.hf_folder import has_tokenizer
-from llamax.checkpoint.manifest import CONFIG_TOML
-from llamax.config.data_path import blend_words
-from llamax.config.load import recorded_config
-from llamax.config.schema import Config
-from llamax.runtime.errors import ConfigError
+from llamax.config.data_path import datasets_in
+from llamax.config.load import config_in
 
 STARTED_IN = "started_in"
 CUT_FROM = "cut_from"  # the Hugging Face folder that shard has cut
@@ -51,24 +48,14 @@ def cut_from(checkpoint: Path, state: Mapping[str, Any]) -> Path | None:
     return folder if folder is not None and has_tokenizer(folder) else None
 
 
-def config_beside(checkpoint: Path) -> Config | None:
-    """The configuration in a checkpoint; None if it has none, or one of another llamax."""
-    path = checkpoint / CONFIG_TOML
-    try:
-        return recorded_config(path) if path.is_file() else None
-    except ConfigError:
-        return None
-
-
 def dataset_of(checkpoint: Path, state: Mapping[str, Any] | None = None) -> Path | None:
     """The dataset folder that a checkpoint's configuration names; of a blend one that exists.
 
     None if it names none; a path that does not exist if the dataset is not present.
     """
-    config = config_beside(checkpoint)
+    config = config_in(checkpoint)
     if config is None:
         return None
-    named = config.data.path
-    parts = blend_words(named)[1::2] or [named]
+    parts = datasets_in(config.data.path)
     found = (find_folder(part, checkpoint, state) for part in parts)
     return next((path for path in found if path is not None), Path(parts[0]))

@@ -17,6 +17,11 @@ def blend_words(path: str) -> list[str]:
     return words if len(words) > 1 and weight_of(words[0]) is not None else []
 
 
+def datasets_in(path: str) -> list[str]:
+    """The datasets that a path names: those of a blend, or itself."""
+    return blend_words(path)[1::2] or [path]
+
+
 def weight_of(word: str) -> float | None:
     """The weight in a word; 0 if it is not above 0, None if it is not a number."""
     try:

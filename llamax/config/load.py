@@ -22,6 +22,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from llamax.config.base_model import contradictions, pin_base, supply_model
+from llamax.config.constants import CONFIG_FILE
 from llamax.config.other_names import same_setting
 from llamax.config.schema import Config, sections
 from llamax.config.toml import Problems, build, parse_value, read_toml, to_toml
@@ -80,6 +81,15 @@ def load_config(
 def recorded_config(path: str | Path) -> Config:
     """The configuration that a run has written; it is whole, and no other folder is opened."""
     return load_config(str(path), within=None)
+
+
+def config_in(folder: Path) -> Config | None:
+    """The configuration in a run's folder or a checkpoint; None without one of this llamax."""
+    path = folder / CONFIG_FILE
+    try:
+        return recorded_config(path) if path.is_file() else None
+    except ConfigError:
+        return None
 
 
 def is_recipe(path: Path) -> bool:

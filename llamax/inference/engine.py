@@ -28,11 +28,12 @@ from llamax.checkpoint.peft import (
     find_base_folder,
     open_adapter,
 )
-from llamax.checkpoint.places import config_beside, cut_from, dataset_of
+from llamax.checkpoint.places import cut_from, dataset_of
 from llamax.checkpoint.plain_llama import MODEL_CLASS
 from llamax.checkpoint.prompt_record import prompt_of
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.source import Source
+from llamax.config.load import config_in
 from llamax.config.model import ModelConfig
 from llamax.data.chat.record import PromptRecord
 from llamax.data.megatron import is_prefix
@@ -150,7 +151,7 @@ def open_model(path: Path, tokenizer: str = "", base: str = "") -> LoadedModel:
     if adapter is not None and (isinstance(adapter, Checkpoint) or has_tokenizer(adapter.folder)):
         trained = adapter
     prompt = None if adapter is None else prompt_of(adapter)
-    run = config_beside(trained.folder) if isinstance(trained, Checkpoint) else None
+    run = config_in(trained.folder) if isinstance(trained, Checkpoint) else None
     return LoadedModel(
         source,
         model,

@@ -84,7 +84,7 @@ def pin_inputs(
 
     A dataset in ``out`` that was made from a name keeps its commit, unless a revision is given.
     """
-    kept = _kept(out)
+    kept = made_from(out)
 
     def pinned(name: HubName) -> HubName:
         commits = [commit for text in kept for commit in re.findall(r"@([0-9a-f]{40})", text)]
@@ -104,10 +104,10 @@ def pin_inputs(
     return chosen, tokenizer, names
 
 
-def _kept(out: Path) -> list[str]:
-    """The names of the Hub that the dataset in a folder was made from."""
+def made_from(folder: Path) -> list[str]:
+    """The names on the Hub that the dataset in a folder was made from; none where it has none."""
     try:
-        found = read_object(out / "dataset.json").get(FROM_HUB)
+        found = read_object(folder / "dataset.json").get(FROM_HUB)
     except (OSError, JsonError):
         return []
     names = found if isinstance(found, list) else []

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import numpy as np
 
 from llamax.checkpoint.listing import newest_checkpoint
-from llamax.checkpoint.places import config_beside, find_folder
+from llamax.checkpoint.places import find_folder
 from llamax.config.data_path import blend_words
+from llamax.config.load import config_in
 from llamax.config.schema import DataConfig
 from llamax.config.step_folders import MANIFEST
 from llamax.data.blended_loader import turns
@@ -116,7 +117,7 @@ def _open(path: Path | str, split: str, seed: int | None) -> tuple[Dataset, Data
     data, place = DataConfig(sequence_length=LENGTH), Path(path)
     run = newest_checkpoint(place) if place.is_dir() else None
     if place.is_dir() and (run or (place / MANIFEST).is_file()):
-        config = config_beside(run or place)
+        config = config_in(run or place)
         if config is None:
             raise DataError(f"{path}: keeps no configuration that names its data; give the dataset")
         validation = split == "validation" and bool(config.data.validation)

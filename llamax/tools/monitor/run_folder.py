@@ -34,9 +34,9 @@ from llamax.config.constants import (
     LOCK_FILE,
     METRICS_FILE,
 )
-from llamax.config.load import recorded_config
+from llamax.config.load import config_in
 from llamax.config.schema import Config
-from llamax.runtime.errors import ConfigError, DataError, LinkError
+from llamax.runtime.errors import DataError, LinkError
 from llamax.runtime.files import read_file, same_file
 from llamax.runtime.json_reader import JsonError, parse_object
 from llamax.runtime.text import printable_line
@@ -231,7 +231,7 @@ def read_run(folder: Path, now: float | None = None, cache: Cache | None = None)
     return RunFolder(
         folder=folder,
         now=now,
-        config=_config(folder / CONFIG_FILE),
+        config=config_in(folder),
         environment=environment,
         history=cache.log.read(),
         written=metrics.stat().st_mtime if metrics.exists() else 0.0,
@@ -245,13 +245,6 @@ def read_run(folder: Path, now: float | None = None, cache: Cache | None = None)
 def is_empty(folder: Path) -> bool:
     """Whether a folder does not exist or holds nothing, as before a run has begun in it."""
     return not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir()))
-
-
-def _config(path: Path) -> Config | None:
-    try:
-        return recorded_config(path) if path.is_file() else None
-    except ConfigError:  # written by another version
-        return None
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -18,11 +18,10 @@ import yaml
 
 from llamax.checkpoint.places import find_folder
 from llamax.config.constants import METRICS_FILE
-from llamax.config.data_path import blend_words
+from llamax.config.data_path import datasets_in
 from llamax.config.schema import Config
-from llamax.data.prepare.hub_dataset import FROM_HUB
+from llamax.data.prepare.hub_dataset import made_from
 from llamax.runtime.hub_name import HubName, hub_name
-from llamax.runtime.json_reader import JsonError, read_object
 from llamax.runtime.units import perplexity, show_number
 from llamax.training.metrics import Record, read_jsonl
 
@@ -89,16 +88,10 @@ def model_card(subject: Subject, run: Path | None, config: Config | None) -> str
 def datasets_of(path: str, run: Path) -> list[HubName]:
     """The datasets on the Hub from which the dataset folders of a run were made."""
     names: list[HubName] = []
-    for part in blend_words(path)[1::2] or [path]:
+    for part in datasets_in(path):
         folder = find_folder(part, run)
-        try:
-            found = folder and read_object(folder / "dataset.json").get(FROM_HUB)
-        except (OSError, JsonError):
-            continue
-        listed = (
-            [text for text in found if isinstance(text, str)] if isinstance(found, list) else []
-        )
-        texts = [text for text in listed if text.startswith("hf://datasets/")]
+        texts = made_from(folder) if folder is not None else []
+        texts = [text for text in texts if text.startswith("hf://datasets/")]
         names += [name for text in texts if (name := hub_name(text, "dataset")) is not None]
     return names
 
@@ -129,8 +122,8 @@ def _use(subject: Subject) -> str:
 
 def _data(config: Config, datasets: list[HubName]) -> str:
     if not datasets:
-        parts = blend_words(config.data.path)[1::2] or [config.data.path]
-        return f"Prepared from local files: {', '.join(f'`{Path(part).name}`' for part in parts)}."
+        names = (f"`{Path(part).name}`" for part in datasets_in(config.data.path))
+        return f"Prepared from local files: {', '.join(names)}."
     return "\n".join(
         f"* [{name.repo}](https://huggingface.co/{name.page}), commit `{name.revision}`"
         for name in datasets

@@ -15,9 +15,9 @@ import llamax
 from llamax.data.dataset import open_dataset
 from llamax.data.prepare.hub_dataset import (
     FROM_HUB,
-    _kept,
     _matches,
     dataset_on_hub,
+    made_from,
     splits_by_name,
 )
 from llamax.runtime import hub as hub_module
@@ -163,7 +163,7 @@ def test_patterns_across_folders(pattern: str, path: str, fits: bool) -> None:
 @pytest.mark.parametrize("named", [3, {"a": 1}, "hf://datasets/org/rows", [3, None]])
 def test_a_dataset_that_names_something_else(tmp_path: Path, named: object) -> None:
     (tmp_path / "dataset.json").write_text(json.dumps({FROM_HUB: named}))
-    assert _kept(tmp_path) == []
+    assert made_from(tmp_path) == []
     assert datasets_of(str(tmp_path), tmp_path) == []
 
 
