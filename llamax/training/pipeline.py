@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -205,12 +205,16 @@ def start_swap(axis: Axis, x: Tensor) -> Callable[[], Tensor]:
 
 
 class Apart:
-    """An axis with sums that are programs of their own, common to ranks whose programs differ."""
+    """An axis with sums that are programs of their own, common to ranks whose programs differ.
+
+    In everything else it is ``axis``.
+    """
 
     def __init__(self, axis: Axis, boundary: Callable[[], None]) -> None:
         self.axis, self.boundary = axis, boundary
-        self.name, self.size, self.rank = axis.name, axis.size, axis.rank
-        self.rank_index = axis.rank_index
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.axis, name)
 
     def all_reduce(self, x: Tensor, op: Reduction = "sum") -> Tensor:
         x = x.clone()
@@ -219,30 +223,10 @@ class Apart:
         self.boundary()
         return y
 
-    def all_gather(self, x: Tensor, dim: int) -> Tensor:
-        return self.axis.all_gather(x, dim)
-
-    def start_all_gather(self, x: Tensor) -> Callable[[], Tensor]:
-        return self.axis.start_all_gather(x)
-
-    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
-        return self.axis.reduce_scatter(x, dim)
-
-    def start_reduce_scatter(self, x: Tensor) -> Callable[[], Tensor]:
-        return self.axis.start_reduce_scatter(x)
-
-    def all_to_all(self, x: Tensor, split: int, concat: int) -> Tensor:
-        return self.axis.all_to_all(x, split, concat)
-
-    def shift(self, x: Tensor, by: int = 1) -> Tensor:
-        return self.axis.shift(x, by)
-
-    def start_shift(self, x: Tensor, by: int = 1) -> Callable[[], Tensor]:
-        return self.axis.start_shift(x, by)
-
 
 def apart(axes: Axes, boundary: Callable[[], None]) -> Axes:
     """The axes of a stage: where its programs differ from other stages', common sums are apart."""
     if axes.pp.size == 1 or axes.world.rank_index.device.type in EAGER:
         return axes
-    return replace(axes, world=Apart(axes.world, boundary), ends=Apart(axes.ends, boundary))
+    world, ends = (cast(Axis, Apart(axis, boundary)) for axis in (axes.world, axes.ends))
+    return replace(axes, world=world, ends=ends)
