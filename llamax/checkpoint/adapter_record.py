@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -12,8 +11,7 @@ from llamax.checkpoint.peft_settings import is_name, shown
 from llamax.config.schema import FinetuneConfig
 from llamax.config.toml import Problems, build
 from llamax.runtime.errors import CheckpointError
-
-FINGERPRINT = re.compile("[0-9a-f]{64}")
+from llamax.runtime.files import SHA256
 
 
 class AdapterInfo(NamedTuple):
@@ -56,6 +54,6 @@ def base_problems(base: Mapping[str, Any]) -> list[str]:
     if not is_name(folder := base.get("folder")):
         found.append(f"folder={shown(folder)} is not the name of a folder")
     printed = base.get("fingerprint")
-    if printed and not (isinstance(printed, str) and FINGERPRINT.fullmatch(printed)):
+    if printed and not (isinstance(printed, str) and SHA256.fullmatch(printed)):
         found.append(f"fingerprint={shown(printed)} is not a sha256")
     return found

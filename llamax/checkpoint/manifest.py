@@ -39,13 +39,12 @@ from llamax.config.constants import CONFIG_FILE
 from llamax.config.step_folders import DONE, MANIFEST, STEP_FOLDER, step_name, step_of
 from llamax.parallel.mesh import ALONE, Seat
 from llamax.runtime.errors import CheckpointError
-from llamax.runtime.files import plain_file, sha256
+from llamax.runtime.files import SHA256, plain_file, sha256
 from llamax.runtime.versions import LLAMAX
 
 FORMAT_VERSION = 4
 CONFIG_TOML = CONFIG_FILE
 RANK_FILE = re.compile(r"(weights|optimizer)-(pp\d{2,}-)?tp\d{2,}-dp\d{2,}\.safetensors")
-SHA256 = re.compile(r"[0-9a-f]{64}")
 RNG = "rng"  # the name of the random state inside an optimizer file
 
 

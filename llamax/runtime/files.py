@@ -17,6 +17,7 @@ import errno
 import hashlib
 import logging
 import os
+import re
 import select
 import shutil
 import stat
@@ -32,6 +33,7 @@ from llamax.runtime.warn import warn_once_per_run
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a file size limit
 MAX_INPUT = 64 << 20  # bytes of a file that a user writes, or of a configuration
 QUIET_S = 5  # without data from a pipe, after which a line says that the program waits
+SHA256 = re.compile("[0-9a-f]{64}")  # in hex
 NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system without fsync
 
 

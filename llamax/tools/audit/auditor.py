@@ -56,6 +56,7 @@ from llamax.tools.audit.trace import (
     first_ranks,
     made_up_tokens,
 )
+from llamax.tools.plan.nki_loss import kernels_fit
 from llamax.tools.plan.planner import check_count
 from llamax.tools.plan.program import largest_program
 from llamax.tools.plan.report import headline
@@ -226,7 +227,7 @@ def programs_of(
 def with_kernels(traced: TracedRun) -> dict[str, hlo.Program]:
     """The programs of a step with the tensors of the kernels that can run; none where none can."""
     attends = not flash.refusal(traced.run.config)
-    if not attends and not on_chip_loss.computes(traced.run.config):
+    if not attends and not kernels_fit(traced.run.config):
         return {}
     with flash.kernels_stand_in(attends), traced.tracer.without_debug():
         return {each.kind: hlo.read(each.text) for each in traced.brief()}

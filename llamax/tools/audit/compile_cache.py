@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -25,7 +24,7 @@ from typing import Any, NamedTuple
 from llamax.config.load import dump_config
 from llamax.config.schema import Config
 from llamax.runtime.errors import BackendError, LinkError
-from llamax.runtime.files import make_folder, new_file, read_file
+from llamax.runtime.files import SHA256, make_folder, new_file, read_file
 from llamax.runtime.json_reader import JsonError, parse_object
 from llamax.runtime.versions import installed
 
@@ -89,7 +88,7 @@ def write_notes(cache: Path, hashes: Mapping[str, str], environ: Mapping[str, st
 def read_notes(cache: Path) -> Iterator[Note]:
     """The notes of a compile cache; files that are none are passed by."""
     for path in sorted((cache / NOTES).glob("*.json")):
-        if not re.fullmatch("[0-9a-f]{64}", path.stem):
+        if not SHA256.fullmatch(path.stem):
             continue
         try:
             content = parse_object(read_file(path))

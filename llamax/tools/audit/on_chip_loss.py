@@ -14,6 +14,7 @@ from torch import Tensor
 from llamax.backends.tracing import opaque
 from llamax.config.constants import nki_loss_refusal
 from llamax.config.schema import Config
+from llamax.tools.plan.nki_loss import kernels_fit
 
 
 def accepts(x: Tensor, weight: Tensor, labels: Tensor) -> bool:
@@ -22,17 +23,9 @@ def accepts(x: Tensor, weight: Tensor, labels: Tensor) -> bool:
     return narrow and not nki_loss_refusal(labels.numel(), weight.shape[1])
 
 
-def computes(config: Config) -> bool:
-    """Whether a NeuronCore's kernels compute the loss of a run."""
-    data, degree = config.data, config.parallel.context
-    tokens = data.micro_batch * data.sequence_length // degree
-    narrow = config.run.dtype == "bfloat16"
-    return narrow and not nki_loss_refusal(tokens, config.model.hidden_size)
-
-
 def notes(config: Config) -> Iterator[str]:
     """A note where a NeuronCore's kernels compute the loss of this run."""
-    if computes(config):
+    if kernels_fit(config):
         yield (
             "the loss is traced as plain operations; on NeuronCores llamax's NKI kernels replace "
             "them, with two collectives in all and no logits in memory"

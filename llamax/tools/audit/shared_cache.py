@@ -35,7 +35,14 @@ from typing import NamedTuple
 from uuid import uuid4
 
 from llamax.runtime.errors import BackendError, LinkError
-from llamax.runtime.files import is_file_name, make_folder, refuse_link, same_file, write_atomic
+from llamax.runtime.files import (
+    SHA256,
+    is_file_name,
+    make_folder,
+    refuse_link,
+    same_file,
+    write_atomic,
+)
 from llamax.runtime.files import sha256 as sha256_of
 from llamax.runtime.json_reader import JsonError, parse_object
 from llamax.runtime.text import printable_line
@@ -46,7 +53,6 @@ from llamax.tools.audit.compile_cache import NOTES, Note, read_notes
 COMPILER = re.compile(r"neuronxcc-[A-Za-z0-9][\w.+-]{0,99}", re.ASCII)
 MODULE = re.compile(r"MODULE_[A-Za-z0-9][\w.+-]{0,199}", re.ASCII)
 COMPILED = re.compile(r"model\.[\w.]+|compile_flags\.json")  # what a compiler leaves in a folder
-HASH = re.compile(r"[0-9a-f]{64}")
 ENTRY, TIME, NEFF = "entry.json", "compile-time.json", "model.neff"
 MOST_BYTES = 2**20  # of an entry.json or a note
 NOT_KEPT = (".lock", ".partial")  # endings of files that a running compiler holds
@@ -191,7 +197,7 @@ def _pull_notes(place: Place, cache: Path, names: Mapping[str, int], wanted: str
         digest = file.removesuffix(".json")
         if (folder, name) != (NOTES, f"{NOTES}/{compiler}/{digest}.json"):
             continue
-        if not HASH.fullmatch(digest) or not COMPILER.fullmatch(compiler):
+        if not SHA256.fullmatch(digest) or not COMPILER.fullmatch(compiler):
             continue
         target = cache / NOTES / f"{digest}.json"
         if wanted not in (None, compiler) or (wanted is None and target.exists()):
@@ -377,7 +383,7 @@ def _entry(place: Place, key: str) -> list[File]:
         if not all(map(is_file_name, name.split("/"))):
             raise JsonError(f"names the file {name!r}")
         match value:
-            case [int(size), str(digest)] if type(size) is int and HASH.fullmatch(digest):
+            case [int(size), str(digest)] if type(size) is int and SHA256.fullmatch(digest):
                 files.append(File(name, size, digest))
             case _:
                 raise JsonError(f"has no size and sha256 of {name!r}")

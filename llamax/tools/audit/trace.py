@@ -78,12 +78,9 @@ class TracedRun:
         self.state = TrainState.build(run, model, axes, self.programs)
         self.state.to(tracer.device)
         tracer.clear_pending()
-        self.training = Samples(TokenFile(data, "off"), config.data, config.run.seed).loader(
-            axes.dp, 0, shuffle=True, cp=axes.part
-        )
-        self.validation = Samples(TokenFile(data, "off"), config.data, config.run.seed).loader(
-            axes.dp, 0, shuffle=False, cp=axes.part
-        )
+        samples = Samples(TokenFile(data, "off"), config.data, config.run.seed)
+        self.training = samples.loader(axes.dp, 0, shuffle=True, cp=axes.part)
+        self.validation = samples.loader(axes.dp, 0, shuffle=False, cp=axes.part)
 
     def whole(self) -> Iterator[Boundary]:
         """Every kind of step of the run."""

@@ -127,8 +127,7 @@ def _xla(host: Host, torch: str) -> Iterator[Finding]:
 def _neuron(host: Host, torch: str) -> Iterator[Finding]:
     neuronx, compiler = host.version("torch-neuronx"), host.version("neuronx-cc")
     if neuronx is None or compiler is None:
-        absent = "torch-neuronx" if neuronx is None else "neuronx-cc"
-        yield unknown("neuron", f"{absent} is not installed here", "run doctor on a node")
+        yield _not_here("neuron", neuronx)
         return
     sdk, _ = sdk_of_compiler(compiler)
     remedy = f"SDK {trn1_names()}: {INSTALL} 'neuronx-cc=={trn1_sdk().neuronx_cc}.*'"
@@ -153,6 +152,12 @@ def _neuron(host: Host, torch: str) -> Iterator[Finding]:
     yield from variables(host, sdk)
 
 
+def _not_here(name: str, neuronx: str | None) -> Finding:
+    """The finding of a machine without torch-neuronx, or without its compiler."""
+    package = "torch-neuronx" if neuronx is None else "neuronx-cc"
+    return unknown(name, f"{package} is not installed here", "run doctor on a node")
+
+
 def _compiler(compiler: str, level: Level, lacks: str, remedy: str) -> Finding:
     """The compiler and its SDK; ``lacks``: why that SDK does not do, empty where it does."""
     sdk, note = sdk_of_compiler(compiler)
@@ -169,8 +174,7 @@ def _torchneuron(host: Host, torch: str) -> Iterator[Finding]:
     """TorchNeuron, the native device of trn2 and trn3, and the SDK that it is part of."""
     neuronx, compiler = host.version("torch-neuronx"), host.version("neuronx-cc")
     if neuronx is None or compiler is None:
-        absent_one = "torch-neuronx" if neuronx is None else "neuronx-cc"
-        yield unknown("TorchNeuron", f"{absent_one} is not installed here", "run doctor on a node")
+        yield _not_here("TorchNeuron", neuronx)
         return
     (sdk, note), first = sdk_of_compiler(compiler), torchneuron_sdk()
     remedy = f"{INSTALL} --upgrade neuronx-cc nki 'torch-neuronx=={first.torchneuron[-1]}.*'"

@@ -12,6 +12,7 @@ from math import ceil
 from llamax.config.constants import GRADIENT_BYTES, nki_loss_refusal
 from llamax.config.constants import NKI_MULTIPLE as TILE
 from llamax.config.hardware import Machine
+from llamax.config.schema import Config
 from llamax.runtime.units import show_bytes
 from llamax.tools.plan.line import Line
 from llamax.tools.plan.sizes import Share
@@ -24,9 +25,15 @@ SEGMENT, WIDE = 4096, 4096  # tokens, between which dW waits, of at most so many
 
 def loss_by_nki(share: Share, machine: Machine) -> bool:
     """Whether the loss runs by the NKI kernels of llamax on this stage."""
-    if machine.backend != "xla" or share.config.run.dtype != "bfloat16" or not share.projects:
-        return False
-    return not nki_loss_refusal(share.tokens, share.model.hidden_size)
+    return machine.backend == "xla" and share.projects and kernels_fit(share.config)
+
+
+def kernels_fit(config: Config) -> bool:
+    """Whether the NKI kernels compute the loss of a run."""
+    data = config.data
+    tokens = data.micro_batch * data.sequence_length // config.parallel.context
+    narrow = config.run.dtype == "bfloat16"
+    return narrow and not nki_loss_refusal(tokens, config.model.hidden_size)
 
 
 def kernel_seconds(tokens: int, rows: int, width: int, trains: bool = True) -> tuple[float, float]:

@@ -108,8 +108,8 @@ def groups(config: Config, machine: Machine, tensor: int, data: int, zero: ZeroS
     tried = [configured if fits else 0]
     spread = config.finetune.method == "qlora" and config.finetune.shard_base
     if (zero > 1 or (zero and spread)) and 1 < node < data:
-        tried += [ranks for ranks in (0, node) if ranks not in tried]
-    return tried
+        tried += [0, node]
+    return [*dict.fromkeys(tried)]
 
 
 def chunk_counts(config: Config, pipeline: int) -> list[int]:
@@ -119,8 +119,8 @@ def chunk_counts(config: Config, pipeline: int) -> list[int]:
         return [1]
     if config.parallel.layers_per_stage:
         return [configured]
-    fitting = [chunks for chunks in CHUNKS if layers % (pipeline * chunks) == 0]
-    return [configured, *(chunks for chunks in fitting if chunks != configured)]
+    fitting = (chunks for chunks in CHUNKS if layers % (pipeline * chunks) == 0)
+    return [*dict.fromkeys((configured, *fitting))]
 
 
 def uneven(config: Config, ranks: int) -> Iterator[tuple[int, ...]]:
@@ -143,7 +143,7 @@ def pipelines(config: Config) -> list[int]:
     configured, layers = config.parallel.pipeline, config.model.num_hidden_layers
     if config.parallel.layers_per_stage:
         return [configured]
-    return [configured, *(degree for degree in divisors(layers) if degree != configured)]
+    return [*dict.fromkeys((configured, *divisors(layers)))]
 
 
 def zeros(config: Config) -> list[ZeroStage]:
@@ -152,10 +152,10 @@ def zeros(config: Config) -> list[ZeroStage]:
     Adapters leave stage 2 nothing to cut, and QLoRA stage 3.
     """
     configured, method = config.parallel.zero, config.finetune.method
-    tried: list[ZeroStage] = [1]
+    tried: list[ZeroStage] = [configured, 1]
     tried += [2] if method == "full" else []
     tried += [3] if method != "qlora" else []
-    return [configured, *(zero for zero in tried if zero != configured)]
+    return [*dict.fromkeys(tried)]
 
 
 def modes(config: Config, parallel: ParallelConfig, machine: Machine) -> tuple[Recompute, ...]:
