@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.corpora import python_sources
+from support.instruction import llama2_tokenizer
 from support.prepared import documents, run, text_folder
 
 from llamax.cli.prepare import main
@@ -27,7 +28,7 @@ from llamax.runtime.errors import DataError
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_sentencepiece(python_sources(8), 600, tmp_path_factory.mktemp("t") / "t.model")
+    return llama2_tokenizer(tmp_path_factory.mktemp("t"))
 
 
 @pytest.fixture

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 from support.corpora import python_sources
+from support.instruction import llama2_tokenizer
 from support.prepared import text_folder
 
 from llamax.data.dataset import open_dataset
-from llamax.data.tokenizer.train import train_sentencepiece
 from llamax.runtime.errors import DataError
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_sentencepiece(python_sources(8), 600, tmp_path_factory.mktemp("t") / "t.model")
+    return llama2_tokenizer(tmp_path_factory.mktemp("t"))
 
 
 @pytest.fixture

@@ -15,13 +15,13 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.corpora import mistral, python_sources, train_unlike_llama
+from support.instruction import llama2_tokenizer
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, trainers
 
 from llamax.data.tokenizer import cuts
 from llamax.data.tokenizer.hf_export import export_tokenizer
 from llamax.data.tokenizer.llama3 import LLAMA3_PATTERN
 from llamax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from llamax.data.tokenizer.train import train_sentencepiece
 from llamax.runtime.errors import DataError
 
 QWEN2 = LLAMA3_PATTERN.replace("{1,3}", "")
@@ -87,7 +87,7 @@ def tiktoken(folder: Path) -> Path:
 
 
 def with_added(folder: Path) -> Path:
-    path = train_sentencepiece(python_sources(8), 600, folder / "tokenizer.model")
+    path = llama2_tokenizer(folder)
     (folder / "added_tokens.json").write_text(json.dumps({"<tool>": 600}))
     return path
 
@@ -95,7 +95,7 @@ def with_added(folder: Path) -> Path:
 def converted(folder: Path, scheme: str = "", parts: bool = False) -> Path:
     """Llama 2's kind of tokenizer.json, with steps before the model or without them."""
     (folder / "m").mkdir()
-    model = train_sentencepiece(python_sources(8), 600, folder / "m" / "tokenizer.model")
+    model = llama2_tokenizer(folder / "m")
     export_tokenizer(load_tokenizer(model), folder)
     (folder / "tokenizer.model").unlink()
     path = folder / "tokenizer.json"
@@ -109,7 +109,7 @@ def converted(folder: Path, scheme: str = "", parts: bool = False) -> Path:
 SPACES = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
 BYTES = pre_tokenizers.ByteLevel
 MADE: dict[str, Callable[[Path], Path]] = {
-    "llama 2": lambda f: train_sentencepiece(python_sources(8), 600, f / "tokenizer.model"),
+    "llama 2": llama2_tokenizer,
     "llama 2, added": with_added,
     "mistral": lambda _: mistral(),
     "own engine": lambda f: train_unlike_llama(f, user_defined_symbols=["<sep>", "=="]),

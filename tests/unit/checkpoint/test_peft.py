@@ -14,7 +14,8 @@ import torch
 import transformers
 from support.adapters import hub_folder
 from support.models import LLAMA2, LLAMA3
-from support.tiny_run import config, make_dataset
+from support.tiny_run import config
+from support.tuned_run import tuned_run
 
 from llamax.checkpoint.build_model import load_tuned
 from llamax.checkpoint.listing import newest_checkpoint
@@ -100,18 +101,7 @@ def test_we_load_what_peft_saved_and_compute_the_same(
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base, and the run of its adapters."""
-    folder = tmp_path_factory.mktemp("lora")
-    (folder / "data").mkdir()
-    cfg = config(make_dataset(folder / "data"), folder / "run")
-    base = hub_folder(folder / "base", cfg.model)
-    cfg = dataclasses.replace(
-        cfg,
-        checkpoint=dataclasses.replace(cfg.checkpoint, init_from=str(base), every=0),
-        finetune=FinetuneConfig(method="lora", r=4, dropout=0.1),
-        optim=dataclasses.replace(cfg.optim, lr=3e-2),
-    )
-    train(cfg, Rendezvous())
-    return folder
+    return tuned_run(tmp_path_factory.mktemp("lora"))
 
 
 def test_peft_loads_what_we_trained_and_computes_the_same(run: Path, tmp_path: Path) -> None:

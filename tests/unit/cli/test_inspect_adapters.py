@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
-from support.adapters import hub_folder
-from support.tiny_run import config, make_dataset
+from support.tuned_run import tuned_run
 
 from llamax.checkpoint.listing import newest_checkpoint
 from llamax.checkpoint.peft import (
@@ -18,28 +16,14 @@ from llamax.checkpoint.peft import (
 )
 from llamax.checkpoint.reader import Checkpoint
 from llamax.config.model import ModelConfig
-from llamax.config.schema import FinetuneConfig
-from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.units import show_number
 from llamax.tools.inspect import description
-from llamax.train import train
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base, and the run of its adapters."""
-    folder = tmp_path_factory.mktemp("lora")
-    (folder / "data").mkdir()
-    cfg = config(make_dataset(folder / "data"), folder / "run")
-    base = hub_folder(folder / "base", cfg.model)
-    cfg = dataclasses.replace(
-        cfg,
-        checkpoint=dataclasses.replace(cfg.checkpoint, init_from=str(base), every=0),
-        finetune=FinetuneConfig(method="lora", r=4, dropout=0.1),
-        optim=dataclasses.replace(cfg.optim, lr=3e-2),
-    )
-    train(cfg, Rendezvous())
-    return folder
+    return tuned_run(tmp_path_factory.mktemp("lora"))
 
 
 def test_inspect_describes_an_adapter_checkpoint(run: Path) -> None:
