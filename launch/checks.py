@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from shlex import quote
 
-from llamax.config.data_path import RANDOM, blend_words
+from llamax.config.data_path import RANDOM, blend_words, datasets_in
 from llamax.launch import (
     cluster_checks,
     image,
@@ -204,8 +204,7 @@ def _shared(job: JobFile) -> Iterator[str]:
         config = job.config
     except ConfigError:
         return  # reported by _run
-    data = config.data.path
-    paths = [path for path in blend_words(data)[1::2] or [data] if path != RANDOM]
+    paths = [path for path in datasets_in(config.data.path) if path != RANDOM]
     named = [*(("data.path", path) for path in paths), ("run.folder", config.run.folder)]
     for key, value in named:
         if not job.local and not inside(os.path.join(folder, value), mount):
