@@ -68,12 +68,11 @@ class File(NamedTuple):
 
 @dataclass
 class Report:
-    """What a copy did: entries by ``neuronxcc-.../MODULE_...``."""
+    """What a copy did with entries, by ``neuronxcc-.../MODULE_...``; ``refused``: why each is."""
 
     copied: list[str] = field(default_factory=list)
     present: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
-    """Entries that are not whole, with the reason."""
     sent_bytes: int = 0
 
 
@@ -151,8 +150,16 @@ def pull(place: Place, cache: Path, compiler: str | None) -> Report:
 
     Raises BackendError if the local cache cannot be written.
     """
+    try:
+        return _pulled(place, cache, compiler_folder(compiler))
+    except OSError as error:
+        why = f"{cache} cannot be written: {error.strerror}; see llamax doctor"
+        raise BackendError(why) from None
+
+
+def _pulled(place: Place, cache: Path, wanted: str | None) -> Report:
+    """What ``pull`` does; ``wanted``: the folder of the compiler."""
     report, names = Report(), place.names()
-    wanted = compiler_folder(compiler)
     for key in _entries(names):
         if wanted is not None and not key.startswith(f"{wanted}/"):
             continue
@@ -170,23 +177,13 @@ def pull(place: Place, cache: Path, compiler: str | None) -> Report:
             if not _present(key, files, names):
                 report.refused[key] = "a file is missing or has another size"
                 continue
-        try:
-            if why := _take(place, key, files, target):
-                report.refused[key] = why
-                continue
-        except OSError as error:
-            raise _not_writable(cache, error) from None
+        if why := _take(place, key, files, target):
+            report.refused[key] = why
+            continue
         report.copied.append(key)
         report.sent_bytes += sum(each.size for each in files)
-    try:
-        _pull_notes(place, cache, names, wanted)
-    except OSError as error:
-        raise _not_writable(cache, error) from None
+    _pull_notes(place, cache, names, wanted)
     return report
-
-
-def _not_writable(cache: Path, error: OSError) -> BackendError:
-    return BackendError(f"{cache} cannot be written: {error.strerror}; see llamax doctor")
 
 
 def _pull_notes(place: Place, cache: Path, names: Mapping[str, int], wanted: str | None) -> None:
@@ -275,9 +272,7 @@ def check(place: Place, hashes: Mapping[str, str], note: Note) -> Found:
     """
     names, wanted = place.names(), compiler_folder(note.compiler)
     whole = {key for key in _entries(names) if _whole(place, key, names)}
-    compilers = sorted({key.partition("/")[0] for key in whole})
-    if wanted is not None:
-        compilers = [wanted]
+    compilers = [wanted] if wanted else sorted({key.partition("/")[0] for key in whole})
     present = set()
     for kind, digest in hashes.items():
         for compiler in compilers:
