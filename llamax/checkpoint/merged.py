@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +34,7 @@ from llamax.config.rules.finetune import LINEAR
 from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.model import lora
 from llamax.runtime.errors import CheckpointError
+from llamax.runtime.logging import logger
 
 
 @dataclass(frozen=True)
@@ -263,6 +266,17 @@ def _factors_alone(names: Sequence[str], scale: float) -> tuple[dict[str, Change
     }, used & set(names)
 
 
+@cache
+def _warn_of_patterns(folder: Path, weight: str) -> None:
+    """Warn, once for each folder, of a scale that may not be that of the training."""
+    logger.warning(
+        "%s: keys of alpha_pattern with different values match %s; the first counts, but PEFT "
+        "sorts keys when it saves: training may have had another first; leave the right one alone",
+        folder,
+        weight,
+    )
+
+
 class _Reader:
     """Finds the changes of a PEFT folder's adapters to a base, tensor by tensor."""
 
@@ -274,6 +288,10 @@ class _Reader:
     def changes(self) -> tuple[Mapping[str, Change], set[str]]:
         """The change of each weight, and the names of the tensors that they use."""
         found = {name: self._of(name) for name in self._weights()}
+        for name, change in found.items():
+            if change.a and self.settings.scale_is_doubtful(name.removesuffix(".weight")):
+                _warn_of_patterns(self.adapter.folder, name)
+                break
         if self.tied:
             self._tie(found)
         return found, self.used

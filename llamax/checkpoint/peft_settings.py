@@ -244,9 +244,20 @@ class PeftSettings:
 
     def scale(self, module: str) -> float:
         """The factor on the product of a module's factors."""
-        alphas = (alpha for key, alpha in self.alphas.items() if _matches(key, module))
         r = self.rank(module)
-        return next(alphas, self.alpha) / (sqrt(r) if self.rslora else r)
+        return next(self._alphas(module), self.alpha) / (sqrt(r) if self.rslora else r)
+
+    def scale_is_doubtful(self, module: str) -> bool:
+        """Whether the adapter may have been trained with another scale than ``scale``.
+
+        PEFT sorts keys when it saves: of several that match, another one is then the first.
+        """
+        keys = [*self.alphas]
+        return keys == sorted(keys) and len({*self._alphas(module)}) > 1
+
+    def _alphas(self, module: str) -> Iterator[float]:
+        """The alphas of the patterns that match a module; the first one counts."""
+        return (alpha for key, alpha in self.alphas.items() if _matches(key, module))
 
 
 def _matches(key: str, module: str) -> bool:

@@ -159,6 +159,45 @@ def test_adapters_are_no_model_to_train_or_shard(tmp_path: Path) -> None:
     assert rows["PEFT settings"] == "rank_pattern, alpha_pattern"
 
 
+OVERLAPPING = {"layers.0.self_attn.k_proj": 64, "k_proj": 8}
+
+
+@pytest.mark.parametrize(
+    ("patterns", "says"),
+    [
+        (OVERLAPPING, True),
+        (dict.fromkeys(OVERLAPPING, 8), False),
+        ({"layers.0.self_attn.k_proj": 64, "v_proj": 8}, False),
+    ],
+    ids=["two values", "one value", "apart"],
+)
+def test_alphas_that_peft_may_have_exchanged_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, patterns: dict[str, int], says: bool
+) -> None:
+    """PEFT sorts the keys on saving: findings/peft-pattern-order.sh."""
+    settings = {"target_modules": ["k_proj", "v_proj"], "alpha_pattern": patterns}
+    expected = saved(tmp_path, False, settings)
+    with torch.no_grad():
+        assert equal(load_tuned(tmp_path / "adapter")(IDS), expected)
+    line = (
+        "keys of alpha_pattern with different values match model.layers.0.self_attn.k_proj.weight"
+    )
+    assert (line in caplog.text) == says
+    assert ("alpha_pattern" in caplog.text) == says
+
+
+def test_alphas_in_an_order_that_peft_does_not_write_are_meant(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"target_modules": ["k_proj", "v_proj"], "alpha_pattern": OVERLAPPING}
+    as_sorted = saved(tmp_path, False, settings)
+    path = tmp_path / "adapter" / ADAPTER_CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha_pattern": OVERLAPPING}))
+    with torch.no_grad():
+        assert not equal(load_tuned(tmp_path / "adapter")(IDS), as_sorted)
+    assert "alpha_pattern" not in caplog.text
+
+
 def test_a_token_beyond_the_base_is_refused(tmp_path: Path) -> None:
     saved(tmp_path, False, KINDS["tokens"])
     path = tmp_path / "adapter" / ADAPTER_CONFIG
