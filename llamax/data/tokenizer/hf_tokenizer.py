@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +22,7 @@ from llamax.data.tokenizer.special_tokens import (
     stripping,
     token_id,
 )
+from llamax.runtime.logging import logger
 
 if TYPE_CHECKING:
     import tokenizers
@@ -56,6 +57,8 @@ class HuggingFace:
         self.vocab_size = token_id(max([self.base_size - 1, *added])) + 1
         self.named, self.space_after_bos = beside.named, False
         self._find_special()
+        if self.bos_id is not None and beside.add_bos not in (None, self.adds_bos):
+            _warn_of_add_bos(path, self.adds_bos)
         self.fingerprint = fingerprint(raw, alone, state_of(self))
         self.engine.encode_special_tokens = True
 
@@ -236,6 +239,18 @@ class HuggingFace:
             "model": {**given["model"], "type": kind},
         }
         return settings, model
+
+
+@cache
+def _warn_of_add_bos(path: Path, adds_bos: bool) -> None:
+    """Warn, once for each file, of an ``add_bos_token`` beside it that says something else."""
+    logger.warning(
+        "%s: add_bos_token=%s beside it has no effect, as in transformers 5: texts begin with%s "
+        "BOS; transformers 4 does what it says: let post_processor say the same",
+        path,
+        str(not adds_bos).lower(),
+        "" if adds_bos else "out",
+    )
 
 
 def _state(step: Any) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 from support.corpora import TEXTS, python_sources
+from support.instruction import llama3_tokenizer
 
 import llamax.data.tokenizer.tokenizer as tokenizer_module
 from llamax.data.tokenizer.hf_export import export_tokenizer
@@ -192,6 +193,27 @@ def test_whether_a_tokenizer_adds_bos(
     shutil.copy(spm, tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert load_tokenizer(tmp_path).adds_bos is adds
+
+
+@pytest.mark.parametrize("template", [True, False], ids=["template", "no template"])
+@pytest.mark.parametrize("setting", [True, False, None])
+def test_a_setting_of_bos_that_the_template_contradicts_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, template: bool, setting: bool | None
+) -> None:
+    """transformers 5 ignores it, transformers 4 not: findings/transformers-add-bos-token.sh."""
+    folder = llama3_tokenizer(tmp_path)
+    for name, change in (
+        ("tokenizer.json", {} if template else {"post_processor": None}),
+        ("tokenizer_config.json", {"add_bos_token": setting}),
+    ):
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert load_tokenizer(folder).adds_bos is template
+    begin = "begin with BOS" if template else "begin without BOS"
+    line = f"add_bos_token={str(setting).lower()} beside it has no effect, as in transformers 5"
+    contradicted = setting not in (None, template)
+    assert (line in caplog.text and begin in caplog.text) == contradicted
+    assert ("add_bos_token" in caplog.text) == contradicted
 
 
 def test_more_white_space_than_tiktoken_encodes_is_one_line(ranks: Path) -> None:
