@@ -104,8 +104,8 @@ class LanguageModel:
             stop: Text or texts before which the answer ends.
             stop_ids: Tokens at which the answer ends, besides the model's EOS.
             stream: Whether to return an iterator of pieces of the text, for a single prompt.
-            template: Template of questions, as in training; a conversation has the model's own by
-                default.
+            template: Template of questions, as in training; by default that of training, and
+                for a conversation else that of the model's folder.
             context: Context of questions that have none; needs a template.
             system: System prompt of questions that have none; needs a template.
             bos: Whether the prompt begins with BOS; None: as the tokenizer adds it.
@@ -119,7 +119,9 @@ class LanguageModel:
             DataError: For a prompt that the template cannot format.
         """
         rows, several = _rows(prompt)
-        if not template and any("messages" in row for row in rows if not isinstance(row, str)):
+        if not (template or self._loaded.prompt) and any(
+            "messages" in row for row in rows if not isinstance(row, str)
+        ):
             template = self._chat_template()
         settings = GenerationSettings(
             max_new_tokens=max_new_tokens,

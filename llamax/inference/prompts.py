@@ -87,6 +87,8 @@ class PromptFormat:
         try:
             if self._template is None:
                 return self._plain(row)
+            if not self._template.chat:
+                row = question_of(row.get("messages")) or row
             fields = self.fields_of(row)
             found = read_sample(row, fields, self.system, self._template, prompt_only=True)
             if self.context and not found.context:
@@ -131,6 +133,23 @@ class PromptFormat:
         _encodable(prompt)
         bos = [] if self.bos_id is None else [self.bos_id]
         return Prompt(prompt, [*bos, *self.tokenizer.encode(prompt)], row)
+
+
+def question_of(messages: object) -> dict[str, str] | None:
+    """The row of a conversation that is one question, for a template that reads no more; or None.
+
+    It is a message of the user, perhaps after one of the system.
+    """
+    if not isinstance(messages, list) or not 0 < len(messages) < 3:
+        return None
+    found = {}
+    for message, role in zip(reversed(messages), ("user", "system"), strict=False):
+        if not isinstance(message, Mapping) or message.get("role") != role:
+            return None
+        if not isinstance(text := message.get("content"), str):
+            return None
+        found["instruction" if role == "user" else role] = text
+    return found
 
 
 def _encodable(text: str) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import unicodedata
 from dataclasses import replace
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ from llamax.data.token_file import TokenWriter
 from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.inference.generate import new_file, write_line
 from llamax.inference.side_by_side import columns
-from llamax.runtime.errors import BackendError, ConfigError
+from llamax.runtime.errors import BackendError, ConfigError, DataError
 from llamax.runtime.process import Main, run_main
 
 
@@ -126,6 +128,33 @@ def test_prompts_are_those_of_training(folder: Path) -> None:
         asked = PromptFormat(tokenizer, 1, name, context="A cat.").prompt({"instruction": "Who?"})
         assert trained.ids[~trained.counted].tolist() == asked.ids
     assert PromptFormat(tokenizer, 1, "llama2-chat").stop_ids == {2}
+
+
+@pytest.mark.parametrize("name", ["dolly", "usr-bot"])
+def test_a_conversation_has_the_template_of_training(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    """And not that of the base, whose folder has one: the prompt is that of the same question."""
+    given = ("--template", name, "--tokenizer", folder / "hub", "--validation", "0")
+    prepare(tmp_path / "data", folder / "rows.jsonl", *given)
+    record = json.loads((tmp_path / "data" / "dataset.json").read_text())["prompt"]
+    shutil.copytree(folder / "hub", tmp_path / "tuned")
+    (tmp_path / "tuned" / "llamax_prompt.json").write_text(json.dumps(record))
+    of_the_base = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<answer>"
+    (tmp_path / "tuned" / "chat_template.jinja").write_text(of_the_base)
+    model = llamax.load(tmp_path / "tuned")
+    asked: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0}
+    user = {"role": "user", "content": "Who?"}
+    expected = model.generate({"instruction": "Who?"}, **asked)
+    assert model.generate([user], **asked) == expected
+    assert model.generate("<user>Who?<answer>", template="none", **asked) != expected
+    if name == "dolly":  # it holds one question
+        with pytest.raises(DataError, match="is a conversation, which this template cannot read"):
+            model.generate([user, {"role": "assistant", "content": "I"}, user], **asked)
+    else:
+        expected = model.generate({"instruction": "Who?", "system": "Be brief."}, **asked)
+        system = {"role": "system", "content": "Be brief."}
+        assert model.generate([system, user], **asked) == expected
 
 
 def test_context_and_comparison(

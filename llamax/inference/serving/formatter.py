@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from llamax.data.chat.encode import Encoder
 from llamax.data.chat.templates import Span
 from llamax.inference.engine import LoadedModel, begin_id, chat_template
-from llamax.inference.prompts import PromptFormat
+from llamax.inference.prompts import PromptFormat, question_of
 from llamax.runtime.errors import ConfigError, DataError
 
 ROLES = {"developer": "system"}  # OpenAI's newer name
@@ -96,14 +96,12 @@ def _turn(number: int, message: Mapping[str, Any], roles: Collection[str]) -> di
 
 def _question(turns: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """The row of a template that holds one question."""
-    *before, last = turns
-    if len(before) > 1 or any(turn["role"] != "system" for turn in before):
+    if (row := question_of(turns)) is None:
         raise DataError(
             "the model's template holds one question and not a conversation; send one message of "
             "the user, and at most one of the system before it"
         )
-    row = {"instruction": last["content"]}
-    return row | ({"system": before[0]["content"]} if before else {})
+    return row
 
 
 def _encodable(text: str) -> None:
