@@ -18,7 +18,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class TrainedRun:
         return cls(
             folder,
             config,
-            [{k: v for k, v in asdict(record).items() if v is not None} for record in records],
+            [record.known() for record in records],
             records[-1].step if records else 0,
             records[-1].loss if records else float("nan"),
             validated[-1] if validated else None,

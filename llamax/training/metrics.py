@@ -70,12 +70,16 @@ class Record:
     rewinds: int | None = None  # how often the run has gone back to a checkpoint, if ever
     metrics: dict[str, float] | None = None  # of a program's own: means over the tokens
 
+    def known(self) -> dict[str, Any]:
+        """The numbers by name, without those that are not known."""
+        found = {k: v for k, v in asdict(self).items() if v is not None}
+        if not self.mfu:
+            del found["mfu"]
+        return found
+
     def to_json(self) -> str:
         """One line of JSON without what is not known; repr keeps every bit of a float."""
-        known = {k: v for k, v in asdict(self).items() if v is not None}
-        if not self.mfu:
-            del known["mfu"]
-        return json.dumps(known)
+        return json.dumps(self.known())
 
     @classmethod
     def from_json(cls, line: str | bytes) -> Record:

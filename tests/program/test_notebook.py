@@ -72,6 +72,8 @@ def test_a_run_is_its_folder_its_metrics_and_its_loss(data: Path, tmp_path: Path
     assert process_state() == before, "the process is as it was"
     assert (run.folder, run.step, run.stopped) == (tmp_path / "run", STEPS, False)
     assert [record["step"] for record in run.metrics] == [2, 4, 6]
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    assert run.metrics == [json.loads(line) for line in lines]
     assert run.loss == run.metrics[-1]["loss"]
     assert run.validation_loss == run.metrics[-1]["validation_loss"]
     assert run.checkpoint == tmp_path / f"run/checkpoints/step-{STEPS:08d}"
