@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from support.corpora import python_sources
+from support.example_scripts import EXAMPLES, script
 from support.instruction import llama2_tokenizer, llama3_tokenizer, prepare, write_rows
 
 from llamax.__main__ import COMMANDS
@@ -27,7 +26,6 @@ from llamax.runtime.errors import ConfigError
 from llamax.train import train
 from llamax.training.metrics import read_jsonl
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NAMES = sorted({path.parent.name for path in EXAMPLES.glob("*/*.toml")})  # test_notebooks: the rest
 TINY = [
     *("--model.hidden_size=32", "--model.intermediate_size=64", "--model.num_hidden_layers=2"),
@@ -41,16 +39,6 @@ TUNED = [
     *("--data.sequence_length=128", "--run.epochs=0"),
     *("--run.backend=cpu", "--run.dtype=float32"),
 ]
-
-
-def script(name: str, file: str) -> ModuleType:
-    """The Python file of an example, as a module."""
-    spec = importlib.util.spec_from_file_location(f"example_{file}", EXAMPLES / name / f"{file}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def losses(run: Path) -> list[float]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from support.example_scripts import EXAMPLES, script
 from support.models import tiny
 from support.tiny_run import config, fork_ranks, make_dataset
 from support.world import Worlds, axes
@@ -27,22 +26,12 @@ from llamax.parallel.mesh import Mesh
 from llamax.parallel.sharding import join
 from llamax.runtime.files import sha256
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 MODEL = tiny(initializer_range=0.3)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dataset(tmp_path_factory.mktemp("data"))
-
-
-def script(name: str, file: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"example_{file}", EXAMPLES / name / f"{file}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def batch() -> tuple[Tensor, Tensor]:

@@ -58,6 +58,7 @@ from llamax.data.prepare.text_files import is_only_text, plan
 from llamax.data.prepare.unread import unread_error, unread_names
 from llamax.data.token_file import TokenFile
 from llamax.data.tokenizer.hf_tokenizer import HuggingFace
+from llamax.data.tokenizer.special_tokens import files_beside
 from llamax.data.tokenizer.tokenizer import SentencePiece, Tokenizer, load_tokenizer
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import copy_file, write_atomic
@@ -326,8 +327,9 @@ def _write_index(
 ) -> None:
     """Write the tokenizer's files and, last, dataset.json."""
     copy_file(tokenizer.path, out / tokenizer_name(tokenizer))
-    for path in tokenizer.beside if isinstance(tokenizer, HuggingFace | SentencePiece) else ():
-        copy_file(path, out / path.name)
+    if isinstance(tokenizer, HuggingFace | SentencePiece):
+        for path in files_beside(tokenizer.path):
+            copy_file(path, out / path.name)
     header = header_of(settings, tokenizer)
     fields = {name: getattr(header, name) for name in ("vocab_size", "bos_id", "eos_id")}
     index = {

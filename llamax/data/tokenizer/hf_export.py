@@ -39,6 +39,7 @@ from llamax.data.tokenizer.sentencepiece_model import (
     why_not_plain,
     without_prefix,
 )
+from llamax.data.tokenizer.special_tokens import files_beside
 from llamax.data.tokenizer.tiktoken_file import TikToken
 from llamax.data.tokenizer.tokenizer import SentencePiece, Tokenizer
 from llamax.runtime.errors import DataError
@@ -66,7 +67,7 @@ def export_tokenizer(
         if isinstance(tokenizer, SentencePiece):
             write_atomic(folder / "tokenizer.model", raw)
             if reason := why_no_twin(tokenizer.model):
-                for path in tokenizer.beside:
+                for path in files_beside(tokenizer.path):
                     write_atomic(folder / path.name, path.read_bytes())
                 logger.warning(
                     "%s: %s, which a tokenizer.json cannot reproduce, so only the model is "

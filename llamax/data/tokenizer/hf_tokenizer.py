@@ -16,7 +16,6 @@ from llamax.data.tokenizer.fast_engine import FastEngine, judged, without_gc
 from llamax.data.tokenizer.fast_settings import Unsupported, byte_letters, of_engine
 from llamax.data.tokenizer.fingerprint import fingerprint, state_of
 from llamax.data.tokenizer.special_tokens import (
-    FILES,
     AddedToken,
     SpecialTokens,
     stripping,
@@ -112,11 +111,6 @@ class HuggingFace:
                 strips = {"lstrip": token.lstrip, "rstrip": token.rstrip}
                 kind = {"special": token.special, "normalized": not token.special}
                 engine.add_tokens([tokenizers.AddedToken(token.text, **strips, **kind)])
-
-    @property
-    def beside(self) -> list[Path]:
-        """The files beside it that belong to it."""
-        return [path for path in map(self.path.with_name, FILES) if path.is_file()]
 
     def _special(self, key: str, usual: Iterable[str]) -> int | None:
         names = [self.named[key]] if key in self.named else []

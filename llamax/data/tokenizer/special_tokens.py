@@ -81,6 +81,11 @@ class SpecialTokens:
         return found
 
 
+def files_beside(tokenizer: Path) -> list[Path]:
+    """The files beside a tokenizer's that belong to it."""
+    return [path for path in map(tokenizer.with_name, FILES) if path.is_file()]
+
+
 def stripping(tokens: Iterable[AddedToken]) -> dict[str, tuple[bool, bool]]:
     """The special tokens that take white space before or after them."""
     return {

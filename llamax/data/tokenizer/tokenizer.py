@@ -38,7 +38,7 @@ from llamax.data.tokenizer.fast_settings import of_sentencepiece
 from llamax.data.tokenizer.fingerprint import BESIDE, fingerprint, state_of
 from llamax.data.tokenizer.hf_tokenizer import HuggingFace
 from llamax.data.tokenizer.sentencepiece_model import SentencePieceModel, extends, without_prefix
-from llamax.data.tokenizer.special_tokens import FILES, SpecialTokens, stripping
+from llamax.data.tokenizer.special_tokens import SpecialTokens, stripping
 from llamax.data.tokenizer.tiktoken_file import TikToken
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import read_input, sha256
@@ -152,11 +152,6 @@ class SentencePiece:
             words,
         )
         return fault
-
-    @property
-    def beside(self) -> list[Path]:
-        """The files beside it that belong to it."""
-        return [path for path in map(self.path.with_name, FILES) if path.is_file()]
 
     def encode(self, text: str) -> list[int]:
         if self._inline:
