@@ -32,8 +32,8 @@ def pairs_at_once(share: Share, machine: Machine) -> int:
     return pairs(share) // (2 * n + 1) if n > 1 and compiled(machine) else pairs(share)
 
 
-def passed(share: Share) -> bool:
-    """Whether keys and values are passed around a ring."""
+def by_ring(share: Share) -> bool:
+    """Whether context ranks pass keys and values around a ring, instead of gathering them."""
     return share.mesh.cp > 1 and share.config.parallel.context_by == "ring"
 
 
@@ -44,8 +44,8 @@ def keys_bytes(share: Share) -> int:
 
 
 def gathered_bytes(share: Share) -> int:
-    """Those that a context rank gathers."""
-    return 0 if passed(share) else keys_bytes(share)
+    """Keys and values that a context rank gathers, of one layer."""
+    return 0 if by_ring(share) else keys_bytes(share)
 
 
 def keys_at_most(share: Share, machine: Machine) -> float:
@@ -58,7 +58,7 @@ def keys_at_most(share: Share, machine: Machine) -> float:
 def turns(share: Share) -> tuple[int, float]:
     """The times that keys and values or gradients go around in a microstep, and bytes of a time."""
     passes = 2 if share.config.run.recompute == "none" else 3
-    if not passed(share):
+    if not by_ring(share):
         return share.layers * passes, keys_bytes(share)
     sent = (passes + GRADIENT_BYTES / share.width) * keys_bytes(share)
     return share.layers * (passes + 1), sent / (passes + 1)
@@ -71,10 +71,10 @@ def exchange(share: Share, machine: Machine) -> float:
     arrives; gradients of this rank's, of those in use, and of those that leave and arrive; between
     two ranks, one share less of both.  0 where ``attention_blocks`` has them.
     """
-    if machine.backend == "cpu" or (passed(share) and not compiled(machine)):
+    if machine.backend == "cpu" or (by_ring(share) and not compiled(machine)):
         return 0.0
     held = keys_bytes(share) / share.mesh.cp
-    if passed(share):
+    if by_ring(share):
         shares, between = 2 - (share.mesh.cp == 2), 4 - (share.mesh.cp == 2)
         return held * (shares + between * GRADIENT_BYTES / share.width)
     return gathered_bytes(share) * (1 + GRADIENT_BYTES / share.width)
@@ -90,7 +90,7 @@ def attention_blocks(share: Share) -> float:
     chunk = data.sequence_length if n == 1 else data.sequence_length // (2 * n)
     row = element * share.heads * min(ATTENTION_BLOCK_QUERIES, chunk)
     query, keys = share.tokens * share.query, 2 * share.tokens * share.key
-    if passed(share):
+    if by_ring(share):
         ways = 7 if n > 2 else 4  # gradients on their way between two ranks are not added up
         scores = 2 * row * chunk * data.micro_batch
         return scores + element * (ways * keys + 4.5 * query)

@@ -35,11 +35,11 @@ from llamax.config.hardware import GIB, Machine
 from llamax.runtime.units import show_bytes, show_number
 from llamax.tools.plan.context import (
     attention_blocks,
+    by_ring,
     exchange,
     gathered_bytes,
     pairs,
     pairs_at_once,
-    passed,
 )
 from llamax.tools.plan.factors import input_bytes, put_off, put_off_bytes, saves_inputs, swiglu
 from llamax.tools.plan.line import Line, total
@@ -52,9 +52,9 @@ from llamax.tools.plan.state import (
     gradients,
     gradients_of,
     in_flight,
-    met,
     on_host,
     state,
+    summed_run,
     update,
 )
 from llamax.training.resolve import ResolvedRun
@@ -183,7 +183,8 @@ def communication(share: Share, machine: Machine) -> Line:
         hidden = hidden if hidden <= STAGED_BYTES else 0
         whole = share.config.parallel.zero == 0 and bucket > STAGED_BYTES
         bucket = 0 if whole else min(bucket, STAGED_BYTES)
-        bucket += met(share) if met(share) <= STAGED_BYTES else 0
+        summed = summed_run(share)
+        bucket += summed if summed <= STAGED_BYTES else 0
     ways = 2 if share.sequence else 1  # an all-reduce works in place
     return Line(
         "communication",
@@ -231,7 +232,7 @@ def by_nki(share: Share, machine: Machine) -> bool:
 def attention_kept(share: Share, machine: Machine) -> float:
     """Bytes kept inside attention, beside its input and output."""
     T, q, k, width = share.tokens, share.query, share.key, share.width
-    if share.mesh.cp > 1 and (compiled(machine) or passed(share)):
+    if share.mesh.cp > 1 and (compiled(machine) or by_ring(share)):
         return gathered_bytes(share) + 4 * T * share.heads
     if plain_attention(share, machine):
         if compiled(machine):  # one more copy of k, softmax
@@ -355,7 +356,7 @@ def backward(share: Share, machine: Machine, mode: Recompute) -> Line:
         formula = f"{T} tokens x {element} B x {F}"
         gone = 0 if put_off(share, machine, mode) else swiglu(share, machine)
         attention = attention_blocks(share) - gone
-        if (machine.backend == "cpu" or passed(share)) and attention > largest:
+        if (machine.backend == "cpu" or by_ring(share)) and attention > largest:
             largest, formula = attention, "scores of a block of queries"
             formula += " less the feed-forward's" if gone else ""
     else:

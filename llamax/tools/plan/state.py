@@ -230,7 +230,8 @@ def streamed(share: Share) -> Line:
         moments_bytes(32) if optim.offload or optim.state_bits == 8 else 0
     )
     element += WORKING_BYTES if optim.state_bits == 8 else 0
-    summed = met(share) if share.config.parallel.zero == 3 else 0  # else no more than a bucket
+    # In other stages of ZeRO it is no more than a bucket.
+    summed = summed_run(share) if share.config.parallel.zero == 3 else 0
     if summed > element * run:
         return Line("update", summed, "the largest run, summed over the groups that own it")
     return Line(
@@ -240,7 +241,7 @@ def streamed(share: Share) -> Line:
     )
 
 
-def met(share: Share) -> int:
+def summed_run(share: Share) -> int:
     """Bytes of the largest run of a gradient that groups with the same state sum."""
     if share.mesh.copies == 1:
         return 0
