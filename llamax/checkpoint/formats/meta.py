@@ -60,9 +60,7 @@ REQUIRED_PARAMS = ("dim", "n_layers", "n_heads")
 class MetaCheckpoint(RankGrid):
     """A folder with params.json and one or more consolidated.XX.pth."""
 
-    def __init__(
-        self, folder: Path, config: str, optimizer: bool = False, step: int | None = None
-    ) -> None:
+    def __init__(self, folder: Path, config: str, optimizer: bool, step: int | None) -> None:
         if step is not None:
             raise ConfigError(f"`step={step}`: the format of Meta has no steps; leave it out")
         self.folder = folder

@@ -84,9 +84,7 @@ class NemoCheckpoint(RankGrid):
     ``step``: the one to read where there are several, by default the newest.
     """
 
-    def __init__(
-        self, folder: Path, config: str, optimizer: bool = False, step: int | None = None
-    ) -> None:
+    def __init__(self, folder: Path, config: str, optimizer: bool, step: int | None) -> None:
         self.folder = find_iteration(folder, step)
         grid = find_rank_files(self.folder, step if self.folder == folder else None)
         stages = 1 + max(stage for _, stage in grid)

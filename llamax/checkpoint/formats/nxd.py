@@ -56,9 +56,7 @@ class NxdCheckpoint(RankGrid):
 
     repeats_heads = True
 
-    def __init__(
-        self, folder: Path, config: str, optimizer: bool = True, step: int | None = None
-    ) -> None:
+    def __init__(self, folder: Path, config: str, optimizer: bool, step: int | None) -> None:
         self.folder = find_tag(folder, step)
         done = (self.folder / "done").is_file()
         self.origin = f"tag {self.folder.name}{'' if done else ', which has no file done'}"

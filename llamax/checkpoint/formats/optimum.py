@@ -29,9 +29,7 @@ SHARDS, METADATA = "shards", "mp_metadata_pp_rank_{}.json"
 class OptimumCheckpoint(NxdCheckpoint):
     """A folder that save_pretrained wrote, or its ``shards``."""
 
-    def __init__(
-        self, folder: Path, config: str, optimizer: bool = True, step: int | None = None
-    ) -> None:
+    def __init__(self, folder: Path, config: str, optimizer: bool, step: int | None) -> None:
         shards = folder / SHARDS if (folder / SHARDS).is_dir() else folder
         super().__init__(shards, config, optimizer, step)
         self._metadata = [

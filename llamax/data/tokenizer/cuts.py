@@ -71,7 +71,7 @@ class Encoder(Protocol):
     def encode_rest(self, text: str) -> Ids:
         """The ids of a text that follows a cut."""
 
-    def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[Ids]: ...
+    def encode_documents(self, texts: Sequence[str]) -> list[Ids]: ...
 
 
 class Piece(NamedTuple):

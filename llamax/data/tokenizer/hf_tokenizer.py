@@ -139,11 +139,8 @@ class HuggingFace:
         """The settings of the decoder as text."""
         return json.dumps(_state(self.engine.decoder), ensure_ascii=False)
 
-    def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[Ids]:
-        if "whole" in self._fast or threads == 1:
-            return [self._ids("whole", text) for text in texts]
-        found = self.engine.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(each.ids, np.uint32) for each in found]
+    def encode_documents(self, texts: Sequence[str]) -> list[Ids]:
+        return [self._ids("whole", text) for text in texts]
 
     def encode_after(self, texts: Sequence[str]) -> list[Ids]:
         return [self._ids("inside", text) for text in texts]

@@ -85,13 +85,10 @@ class TikToken:
     def token_bytes(self, token: int) -> bytes:
         return self.engine.decode_single_token_bytes(token) if token < self.base_size else b""
 
-    def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[Ids]:
+    def encode_documents(self, texts: Sequence[str]) -> list[Ids]:
         if self.fast is not None:
             return [self.fast.encode(text, self.encode) for text in texts]
-        for text in texts:
-            _check_spaces(text)
-        found = self.engine.encode_ordinary_batch(list(texts), num_threads=threads)
-        return [np.array(ids, np.uint32) for ids in found]
+        return [np.array(self.encode(text), np.uint32) for text in texts]
 
     def encode_after(self, texts: Sequence[str]) -> list[Ids]:
         return self.encode_documents(texts)

@@ -99,9 +99,9 @@ def value_range(values: npt.ArrayLike, zero: bool) -> Point:
     return (low if zero else low - margin), high + margin
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About ``count`` round numbers in a range, 1, 2 or 5 times a power of ten apart."""
-    raw = (high - low) / count
+def ticks(low: float, high: float) -> list[float]:
+    """About five round numbers in a range, 1, 2 or 5 times a power of ten apart."""
+    raw = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(step for step in (1, 2, 5, 10) if raw <= step * power) * power
     first = math.ceil(low / step - 1e-9)

@@ -84,9 +84,8 @@ def test_every_kind_encodes_documents_as_it_encodes_one(
     export_tokenizer(load_tokenizer(ranks), tmp_path)
     for path in (spm, ranks, tmp_path / "tokenizer.json"):
         found = load_tokenizer(path)
-        for threads in (1, 2):
-            many = found.encode_documents(TEXTS, threads)
-            assert [ids.tolist() for ids in many] == [found.encode(text) for text in TEXTS]
+        many = found.encode_documents(TEXTS)
+        assert [ids.tolist() for ids in many] == [found.encode(text) for text in TEXTS]
         assert found.encode_documents([]) == []
 
 
