@@ -15,34 +15,36 @@ How a killed preparation resumes: ``llamax.data.prepare.chunks``.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
 
 from llamax.data.chat.jinja_sandbox import Program
 from llamax.data.chat.template_source import source_of
 from llamax.data.chat.templates import unused
 from llamax.data.dataset import read_index
-from llamax.data.megatron import IndexedFile, indexed_prefix, is_prefix
 from llamax.data.prepare.chunks import (
     SPLITS,
     Chunk,
     Settings,
     files_by_kind,
-    header_of,
     join_parts,
     join_parts_to_megatron,
     make_parts,
     unread_in,
 )
+from llamax.data.prepare.dataset_index import (
+    Format,
+    already_made,
+    count_documents,
+    write_index,
+)
 from llamax.data.prepare.file_kinds import MAX_DOCUMENT, is_compressed
-from llamax.data.prepare.hub_dataset import FROM_HUB, held_out_on_hub, pin_inputs
+from llamax.data.prepare.hub_dataset import held_out_on_hub, pin_inputs
 from llamax.data.prepare.instruction_rows import (
     InstructSettings,
     RowChunk,
@@ -52,23 +54,17 @@ from llamax.data.prepare.own_tokenizer import own_tokenizer
 from llamax.data.prepare.row_samples import check_fields
 from llamax.data.prepare.saved_dataset import held_out
 from llamax.data.prepare.tables import plan_tables
-from llamax.data.prepare.template_file import write_template
 from llamax.data.prepare.text_chunks import TextChunk, TextSettings
 from llamax.data.prepare.text_files import is_only_text, plan
 from llamax.data.prepare.unread import unread_error, unread_names
-from llamax.data.token_file import TokenFile
-from llamax.data.tokenizer.hf_tokenizer import HuggingFace
-from llamax.data.tokenizer.special_tokens import files_beside
-from llamax.data.tokenizer.tokenizer import SentencePiece, Tokenizer, load_tokenizer
+from llamax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llamax.runtime.errors import DataError
-from llamax.runtime.files import copy_file, write_atomic
 from llamax.runtime.logging import logger
 from llamax.runtime.progress import reported
 
 PathLike = str | Path
 LEAST_BYTES = 2**20  # of text, for which the faster engine is loaded
 PACKED = 4  # bytes of text in one byte of a compressed file, about
-Format = Literal["llamax", "megatron"]
 
 
 @dataclass(frozen=True)
@@ -171,9 +167,9 @@ def prepare(
         "test_files": test_files,
         "drop_empty": drop_empty,
     }
+    purpose = "text" if template else "rows, which `template` asks for"
     for name, value in (only_text if template else only_rows).items():
         if value:
-            purpose = "text" if template else "rows, which `template` asks for"
             raise DataError(f"`{name}` is for {purpose}; leave it out")
     out = Path(out)
     parts_folder = out / PARTS
@@ -217,7 +213,7 @@ def prepare(
     settings = _for_tokenizer(draft, opened, default)
     names = [settings.name(number, chunk) for number, chunk in enumerate(chunks)]
     identity = hashlib.sha256("\n".join(names).encode()).hexdigest()
-    if not _already_made(out, settings, identity, format):
+    if not already_made(out, settings, identity, format):
         _speed_up(opened, chunks)
         with keeping(parts_folder):
             parts = make_parts(chunks, parts_folder, settings, opened, workers, began)
@@ -225,10 +221,7 @@ def prepare(
             if unread and strict:
                 raise unread_error(unread)
             with reported("joining the parts", began):
-                if format == "megatron":
-                    made = {name: join_parts_to_megatron(parts, name, out, key) for name in SPLITS}
-                else:
-                    made = {name: join_parts(parts, name, out) is not None for name in SPLITS}
+                made = _joined(parts, out, key, format)
             if not made["train"]:
                 smaller = f", or a smaller `validation` than {validation}"
                 raise DataError(
@@ -237,7 +230,7 @@ def prepare(
                     f"{f' (not read: {unread_names(unread)})' if unread else ''}"
                 )
         trained = opened.path.stem if train_tokenizer else None
-        _write_index(out, settings, opened, identity, trained, format, unread, from_hub)
+        write_index(out, settings, opened, identity, trained, format, unread, from_hub)
     else:
         kept = read_index(out / "dataset.json").get("unread")
         unread = Counter(kept if isinstance(kept, dict) else {})
@@ -245,10 +238,17 @@ def prepare(
             raise unread_error(unread)
     shutil.rmtree(parts_folder)
     size = sum(chunk.size for chunk in chunks)
-    documents, seconds = _count(out, key, format), time.perf_counter() - began
+    documents, seconds = count_documents(out, key, format), time.perf_counter() - began
     return Prepared(
         out, size, chunks[0].unit, documents, seconds, unread, files_by_kind(chunks), left
     )
+
+
+def _joined(parts: Sequence[Path], out: Path, key: str, format: Format) -> dict[str, bool]:
+    """Join the parts of each split in ``out``; which splits have a document."""
+    if format == "megatron":
+        return {split: join_parts_to_megatron(parts, split, out, key) for split in SPLITS}
+    return {split: join_parts(parts, split, out) is not None for split in SPLITS}
 
 
 def _load(path: Path, began: float) -> Tokenizer:
@@ -313,87 +313,3 @@ def _speed_up(tokenizer: Tokenizer, chunks: Sequence[Chunk]) -> None:
         logger.info(
             "%s: %s, so its own engine, which is slower, encodes the text", tokenizer.path, why
         )
-
-
-def _write_index(
-    out: Path,
-    settings: Settings,
-    tokenizer: Tokenizer,
-    identity: str,
-    trained: str | None,
-    format: Format,
-    unread: Mapping[str, int],
-    from_hub: Sequence[str],
-) -> None:
-    """Write the tokenizer's files and, last, dataset.json."""
-    copy_file(tokenizer.path, out / tokenizer_name(tokenizer))
-    if isinstance(tokenizer, HuggingFace | SentencePiece):
-        for path in files_beside(tokenizer.path):
-            copy_file(path, out / path.name)
-    header = header_of(settings, tokenizer)
-    fields = {name: getattr(header, name) for name in ("vocab_size", "bos_id", "eos_id")}
-    index = {
-        "identity": identity,
-        **_plain(settings),
-        "tokenizer_file": tokenizer_name(tokenizer),
-        "trained": trained,
-        "indexed": fields if format == "megatron" else None,
-        "unread": dict(unread),
-        FROM_HUB: list(from_hub),
-        "prompt": write_template(out, settings, tokenizer),
-    }
-    write_atomic(out / "dataset.json", (json.dumps(index, indent=2) + "\n").encode())
-
-
-def _count(out: Path, key: str, format: Format) -> int:
-    """The documents of all splits."""
-    if format == "megatron":
-        prefixes = [indexed_prefix(out, split, key) for split in SPLITS]
-        return sum(len(IndexedFile(path, "off").marks) - 1 for path in prefixes if is_prefix(path))
-    paths = [out / f"{split}.tokens" for split in SPLITS]
-    return sum(TokenFile(path, "off").header.documents for path in paths if path.exists())
-
-
-def tokenizer_name(tokenizer: Tokenizer) -> str:
-    """The name under which a dataset keeps a tokenizer's file."""
-    kind = type(tokenizer).__name__
-    return {"SentencePiece": "tokenizer.model", "HuggingFace": "tokenizer.json"}.get(
-        kind, "tokenizer.tiktoken"
-    )
-
-
-def _already_made(out: Path, settings: Settings, identity: str, format: Format) -> bool:
-    """Whether ``out`` holds this very dataset; DataError if it holds another."""
-    marker = out / "dataset.json"
-    if not marker.exists():
-        return False
-    index = read_index(marker)
-    if ("megatron" if index.get("indexed") else "llamax") != format:
-        raise DataError(
-            f"{out}: holds this or another dataset in the other format; choose another `out`, or "
-            "remove that folder"
-        )
-    for key, value in _plain(settings).items():
-        if (other := index.get(key)) != value:
-            raise DataError(
-                f"{out}: holds another dataset, with {key}={_short(other)} instead of "
-                f"{_short(value)}; choose another `out`, or remove that folder"
-            )
-    if index.get("identity") != identity:
-        raise DataError(
-            f"{out}: holds a dataset of other text, or of an earlier state of this text; choose "
-            "another `out`, or remove that folder"
-        )
-    return True
-
-
-def _plain(settings: Settings) -> dict[str, object]:
-    """Settings as JSON gives them back."""
-    assert isinstance(settings, TextSettings | InstructSettings)
-    return dict(json.loads(json.dumps(asdict(settings))))
-
-
-def _short(value: object) -> str:
-    if isinstance(value, list):  # fields and their columns
-        return ",".join("=".join(map(str, pair)) for pair in value) or "none"
-    return text if len(text := str(value)) <= 40 else f"{text[:37]!r}..."

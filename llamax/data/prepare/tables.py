@@ -66,45 +66,7 @@ def plan_tables(
     name, bounds = parse_split(split)
     ranges: list[RowRange] = []
     for source in inputs:
-        path = Path(source)
-        if path.is_dir() and is_saved(path):
-            chosen = files_of_split(path, name, left)
-        elif path.is_dir():
-            files = [
-                each
-                for each in sorted(path.rglob("*"))
-                if each.is_file() and not any(p[0] == "." for p in each.relative_to(path).parts)
-            ]
-            if saved := next((each.parent for each in files if is_saved(each.parent)), None):
-                raise DataError(f"{path}: holds the saved dataset {saved}; give that folder")
-            paths = [each for each in files if kind_of(each)]
-            chosen = [each for each in paths if name in each.name.split(".")[0]] if name else paths
-            if left is not None:
-                left += [str(each) for each in files if each not in chosen]
-            if not chosen:
-                found = ", ".join(each.name for each in paths[:8]) or "none"
-                raise DataError(
-                    f"{path}: holds no rows{f' of split {name}' if name else ''} (files with rows: "
-                    f"{found}); give JSONL, JSON, CSV or Parquet"
-                )
-        elif path.is_file():
-            refuse_packed(path)
-            if not kind_of(path):
-                raise DataError(
-                    f"{path}: is not a table of rows; give a .jsonl, .json, .csv, .tsv, .parquet "
-                    "or .arrow"
-                )
-            if name not in ("", "train") and name not in path.name:
-                raise DataError(
-                    f"{path}: is one file, without a split {name}; leave the name out, or give a "
-                    "folder or a Hub dataset with splits"
-                )
-            chosen = [path]
-        elif (on_hub := hub_name(source, "dataset")) is not None:
-            chosen = dataset_on_hub(on_hub, name)[name or "train"]
-        else:
-            raise DataError(f"{path}: no such file or folder; check the path")
-        for table in chosen:
+        for table in _files_of(source, name, left):
             ranges += scan(table, most)
     total = sum(rows.count for rows in ranges)
     start, stop = bounds(total)
@@ -121,6 +83,52 @@ def plan_tables(
             f"{', '.join(inputs)}: {split or 'this'} leaves no row of {total}; choose other rows"
         )
     return kept
+
+
+def _files_of(source: str, name: str, left: list[str] | None) -> list[Path]:
+    """The files of rows of an input: those of the split ``name``, or all where it is empty."""
+    path = Path(source)
+    if path.is_dir():
+        return files_of_split(path, name, left) if is_saved(path) else _files_in(path, name, left)
+    if path.is_file():
+        refuse_packed(path)
+        if not kind_of(path):
+            raise DataError(
+                f"{path}: is not a table of rows; give a .jsonl, .json, .csv, .tsv, .parquet or "
+                ".arrow"
+            )
+        if name not in ("", "train") and name not in path.name:
+            raise DataError(
+                f"{path}: is one file, without a split {name}; leave the name out, or give a "
+                "folder or a Hub dataset with splits"
+            )
+        return [path]
+    if (on_hub := hub_name(source, "dataset")) is not None:
+        return dataset_on_hub(on_hub, name)[name or "train"]
+    raise DataError(f"{path}: no such file or folder; check the path")
+
+
+def _files_in(folder: Path, name: str, left: list[str] | None) -> list[Path]:
+    """The files of rows at any depth of a folder, those with ``name`` in their names, sorted."""
+    files = [
+        each
+        for each in sorted(folder.rglob("*"))
+        if each.is_file() and not any(p[0] == "." for p in each.relative_to(folder).parts)
+    ]
+    if saved := next((each.parent for each in files if is_saved(each.parent)), None):
+        raise DataError(f"{folder}: holds the saved dataset {saved}; give that folder")
+    tables = [each for each in files if kind_of(each)]
+    chosen = [each for each in tables if name in each.name.split(".")[0]]
+    if not chosen:
+        found = ", ".join(each.name for each in tables[:8]) or "none"
+        raise DataError(
+            f"{folder}: holds no rows{f' of split {name}' if name else ''} (files with rows: "
+            f"{found}); give JSONL, JSON, CSV or Parquet"
+        )
+    if left is not None:
+        taken = {*chosen}
+        left += [str(each) for each in files if each not in taken]
+    return chosen
 
 
 def parse_split(text: str) -> tuple[str, Callable[[int], tuple[int, int]]]:
