@@ -135,8 +135,6 @@ def import_checkpoint(
 
 def guess(folder: Path) -> str:
     """The format of a folder, by the files in it; CheckpointError if it is none of them."""
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {folder}; check the path")
     shards = folder / SHARDS if (folder / SHARDS).is_dir() else folder
     if (shards / METADATA.format(0)).exists():
         return "optimum"
@@ -168,9 +166,9 @@ def open_folder(
     refuse_adapter_shards(folder)
     if format not in ("auto", *FORMATS):
         raise ConfigError(f"format={format} is not known; use auto, {', '.join(FORMATS)}")
-    format = guess(folder) if format == "auto" else format
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}; check the path")
+    format = guess(folder) if format == "auto" else format
     return FORMATS[format](folder, config, optimizer, step)
 
 
