@@ -38,7 +38,7 @@ from llamax.checkpoint import Checkpoint, Saver, hf_writer, load_owned
 from llamax.checkpoint import manifest as files
 from llamax.checkpoint.checksums import BLOCK_BYTES, CHECKSUM_BYTES
 from llamax.checkpoint.owned_runs import is_writer, slices
-from llamax.checkpoint.runs import Run
+from llamax.checkpoint.runs import Run, whole_run
 from llamax.checkpoint.safetensors_io import TAGS, build_header
 from llamax.config.load import load_config
 from llamax.config.model import ModelConfig
@@ -294,7 +294,11 @@ def planning(folder: Path, recipe: str, tensor: int, data: int) -> None:
     source = Checkpoint(folder, verify=False)
     opened = time.process_time() - cpu
     planned = hf_writer.plan_files(source)
-    pieces = {piece.path for one in planned for piece in source.pieces(one.name, one.kind)}
+    pieces = {
+        piece.path
+        for one in planned
+        for piece in source.pieces(one.name, one.kind, whole_run(one.shape))
+    }
     cpu, seconds = time.process_time() - cpu, time.perf_counter() - began
     names = {one.file for one in planned}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

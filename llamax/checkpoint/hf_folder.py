@@ -29,7 +29,7 @@ from llamax.checkpoint.listing import find_checkpoint, newest_checkpoint
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.runs import Run, boxes, row_width
 from llamax.checkpoint.safetensors_io import SLAB_BYTES
-from llamax.checkpoint.source import Piece, Source
+from llamax.checkpoint.source import FileSource, Piece, Source
 from llamax.config.model import MAX_LAYERS
 from llamax.config.step_folders import MANIFEST, is_checkpoint
 from llamax.runtime import json_reader
@@ -60,7 +60,7 @@ OWN_HEAD = (
 )
 
 
-class HfFolder(Source):
+class HfFolder(FileSource):
     """A LlamaForCausalLM in the form in which transformers saves it.
 
     Raises CheckpointError if files are missing, link out of the folder, or hold another model.
@@ -134,7 +134,7 @@ class HfFolder(Source):
     def dtype(self, name: str, kind: str = "weight") -> torch.dtype:
         return self._entries[name].dtype
 
-    def pieces(self, name: str, kind: str) -> list[Piece]:
+    def pieces(self, name: str, kind: str, run: Run) -> list[Piece]:
         return self._entries[name].pieces
 
     def _fetch(self, name: str, kind: str, run: Run, into: Tensor) -> None:

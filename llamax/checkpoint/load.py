@@ -1,6 +1,6 @@
 """Loading: a source of Hub tensors fills the live tensors of any rank of any mesh.
 
-A ``Source`` knows, per tensor, which run lies where (``pieces``); filling a wanted run is
+A ``FileSource`` knows, per tensor, which run lies where (``pieces``); filling a wanted run is
 intersecting it with those, so a rank reads the bytes it needs and no others, one tensor at a time.
 ``Checkpoint`` is the source that training wrote, ``hf_folder.HfFolder`` one from elsewhere.
 

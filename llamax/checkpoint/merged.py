@@ -28,7 +28,7 @@ from llamax.checkpoint.peft import AdapterInfo, PeftFolder, check_base
 from llamax.checkpoint.peft_settings import PeftSettings
 from llamax.checkpoint.runs import Box, Run, boxes, row_width
 from llamax.checkpoint.safetensors_io import SLAB_BYTES
-from llamax.checkpoint.source import Piece, Source
+from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig
 from llamax.config.rules.finetune import LINEAR
 from llamax.data.tokenizer.tokenizer import load_tokenizer
@@ -128,11 +128,8 @@ class Merged(Source):
     def dtype(self, name: str, kind: str = "weight") -> torch.dtype:
         return self.base.dtype(self._stored(name), kind)
 
-    def pieces(self, name: str, kind: str) -> Sequence[Piece]:
-        return self.base.pieces(self._stored(name), kind)
-
     def fill(self, name: str, kind: str, run: Run, into: Tensor, convert: bool = False) -> None:
-        """Write a run of a merged weight, rounded to the type of ``into``; see ``Source.fill``."""
+        """Write a run of a merged weight, rounded to the type of ``into``."""
         change = self.changes.get(name)
         if change is None:
             self.base.fill(self._stored(name), kind, run, into, convert)

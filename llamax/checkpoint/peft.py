@@ -45,7 +45,7 @@ from llamax.checkpoint.prompt_record import write_prompt
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.runs import Run, whole_run
 from llamax.checkpoint.safetensors_io import TensorEntry, read_header, write_safetensors
-from llamax.checkpoint.source import Piece, Source
+from llamax.checkpoint.source import FileSource, Piece, Source
 from llamax.config.rules.finetune import LINEAR
 from llamax.config.schema import FinetuneConfig
 from llamax.runtime.errors import CheckpointError
@@ -98,7 +98,7 @@ def adapter_info(source: Source) -> AdapterInfo | None:
     return recorded(source.folder, source.state) if isinstance(source, Checkpoint) else None
 
 
-class PeftFolder(Source):
+class PeftFolder(FileSource):
     """The LoRA adapters in a PEFT folder, under llamax names.
 
     Raises CheckpointError if files are missing or broken, or the adapter needs something that
@@ -166,7 +166,7 @@ class PeftFolder(Source):
     def dtype(self, name: str, kind: str = "weight") -> torch.dtype:
         return self._entries[name].dtype
 
-    def pieces(self, name: str, kind: str) -> list[Piece]:
+    def pieces(self, name: str, kind: str, run: Run) -> list[Piece]:
         entry = self._entries[name]
         return [Piece(self._path, entry.offset, whole_run(entry.shape))]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from llamax.checkpoint import manifest as files
 from llamax.checkpoint.checksums import BlockVerifier
 from llamax.checkpoint.listing import suggest_intact
-from llamax.checkpoint.manifest_index import Runs, near
+from llamax.checkpoint.manifest_index import near
 from llamax.checkpoint.runs import Run, StridedCopy, overlaps, whole_run
 from llamax.checkpoint.safetensors_io import (
     DTYPES,
@@ -22,13 +22,13 @@ from llamax.checkpoint.safetensors_io import (
     read_elements,
     read_header,
 )
-from llamax.checkpoint.source import Piece, Source
+from llamax.checkpoint.source import FileSource, Piece
 from llamax.checkpoint.verify import check_header, read_checked, verify_files
 from llamax.parallel.mesh import ALONE, Seat
 from llamax.runtime.errors import CheckpointError
 
 
-class Checkpoint(Source):
+class Checkpoint(FileSource):
     """A complete training checkpoint; with ``verify`` what is read of it is checked."""
 
     def __init__(self, folder: Path | str, verify: bool = True) -> None:
@@ -63,25 +63,16 @@ class Checkpoint(Source):
     def dtype(self, name: str, kind: str = "weight") -> torch.dtype:
         return DTYPES[self.manifest.tensors[name].kinds[kind].dtype]
 
-    def pieces(self, name: str, kind: str) -> list[Piece]:
-        return self._pieces(name, kind, self.manifest.tensors[name].kinds[kind].runs)
-
-    def _fetch(self, name: str, kind: str, run: Run, into: Tensor) -> None:
-        """Fill ``into`` with a run, from the files that have some of it; no others are opened."""
-        runs = near(self.manifest.tensors[name].kinds[kind].runs, run)
-        for piece in self._pieces(name, kind, runs):
-            if copies := list(overlaps(piece.run, run)):
-                self.read_run(piece, copies, into)
-
-    def _pieces(self, name: str, kind: str, runs: Runs) -> list[Piece]:
+    def pieces(self, name: str, kind: str, run: Run) -> list[Piece]:
+        """The pieces near a run; the headers of other files are not read."""
         found = []
         kept = self.manifest.tensors[name].kinds[kind]
-        for file, *numbers in runs.tolist():
-            path, run = self._paths[file], Run(*numbers)
-            entry = self._header(path).get(files.run_key(name, kind, run))
-            if entry is None or entry[:2] != (DTYPES[kept.dtype], (run.length,)):
+        for file, *numbers in near(kept.runs, run).tolist():
+            path, stored = self._paths[file], Run(*numbers)
+            entry = self._header(path).get(files.run_key(name, kind, stored))
+            if entry is None or entry[:2] != (DTYPES[kept.dtype], (stored.length,)):
                 raise CheckpointError(f"{path} does not hold {name} ({kind}) as the manifest says")
-            found.append(Piece(path, entry.offset, run))
+            found.append(Piece(path, entry.offset, stored))
         return found
 
     def read_run(self, piece: Piece, copies: Iterable[StridedCopy], into: Tensor) -> None:

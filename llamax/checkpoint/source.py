@@ -70,8 +70,11 @@ class Source(ABC):
         """The dtype of one kind in its files."""
 
     @abstractmethod
-    def pieces(self, name: str, kind: str) -> Sequence[Piece]:
-        """Where the elements of one kind lie; they tile the tensor."""
+    def fill(self, name: str, kind: str, run: Run, into: Tensor, convert: bool = False) -> None:
+        """Write a run into the ``run.length`` elements of a contiguous tensor on any device.
+
+        Raises CheckpointError where a dtype would have to be rounded and ``convert`` is not given.
+        """
 
     def read(
         self,
@@ -97,11 +100,15 @@ class Source(ABC):
         self.fill(name, kind, run, into)
         return into
 
-    def fill(self, name: str, kind: str, run: Run, into: Tensor, convert: bool = False) -> None:
-        """Write a run into the ``run.length`` elements of a contiguous tensor on any device.
 
-        Raises CheckpointError where a dtype would have to be rounded and ``convert`` is not given.
-        """
+class FileSource(Source):
+    """A source that reads its tensors from files as they are there."""
+
+    @abstractmethod
+    def pieces(self, name: str, kind: str, run: Run) -> Sequence[Piece]:
+        """Where the elements of a run lie: pieces that may have some, and all that do."""
+
+    def fill(self, name: str, kind: str, run: Run, into: Tensor, convert: bool = False) -> None:
         stored, flat = self.dtype(name, kind), into.detach().view(-1)
         if stored == flat.dtype and flat.device.type == "cpu":
             self._fetch(name, kind, run, flat)
@@ -120,7 +127,7 @@ class Source(ABC):
             flat[start : start + length].copy_(slab)
 
     def _fetch(self, name: str, kind: str, run: Run, into: Tensor) -> None:
-        for piece in self.pieces(name, kind):
+        for piece in self.pieces(name, kind, run):
             if copies := list(overlaps(piece.run, run)):
                 self.read_run(piece, copies, into)
 
