@@ -13,10 +13,13 @@ import torch
 from support.adapters import MODEL, base_folder
 from support.tiny_run import STEPS, config, forget, fork_ranks, hashes, log_of, make_dataset, write
 
-from llamax.checkpoint.build_model import load_base
+from llamax.checkpoint.build_model import load_base, load_tuned
 from llamax.checkpoint.hf_folder import open_source
+from llamax.checkpoint.load import load_weights
 from llamax.cli.train import main
 from llamax.config.schema import Config, FinetuneConfig
+from llamax.inference.engine import LoadedModel
+from llamax.inference.serving.adapters import build_served
 from llamax.model import lora
 from llamax.model.llama import Llama
 from llamax.model.qlora import held
@@ -100,6 +103,31 @@ def test_the_loss_of_qlora_is_close_to_that_of_lora(inputs: Path, tmp_path: Path
         found[name] = log_of(tmp_path / name)[-1]["loss"]
     assert found["nf4"] == pytest.approx(found["lora"], rel=0.03)
     assert found["int8"] == pytest.approx(found["lora"], rel=0.003)
+
+
+@pytest.mark.parametrize("quant", ["", "nf4", "int8"])
+def test_adapters_are_served_beside_the_base_of_their_training(
+    inputs: Path, tmp_path: Path, quant: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each row as the run computes it alone; that the base is quantised for all is said."""
+    finetune = dataclasses.replace(QLORA, quant=quant) if quant else LORA  # type: ignore[arg-type]
+    train(tuning(inputs, tmp_path / "run", finetune), Rendezvous())
+    caplog.clear()
+    whole = LoadedModel(open_source(inputs / "base"), MODEL, None)  # type: ignore[arg-type]
+    tuned = dataclasses.replace(whole, adapter=tmp_path / "run")
+    model, adapters = build_served(whole, {"poet": tuned}, torch.device("cpu"), "")
+    said = f"{inputs}/base is served in {quant}, in which its adapters were trained, also by its"
+    assert [said in line for line in caplog.messages] == ([True] if quant else [])
+    ids = torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        with adapters.rows(["poet", ""]):
+            poet, base = model(ids)
+        alone = load_tuned(tmp_path / "run")(ids)
+    torch.testing.assert_close(poet, alone[0], rtol=1e-5, atol=1e-5)
+    plain = Llama(MODEL)
+    load_weights(open_source(inputs / "base"), plain.sharded_parameters())
+    dense = plain(ids)[1].detach()
+    assert bool((base - dense).abs().max() > 1e-3) == bool(quant)
 
 
 def test_the_optimizer_and_the_checkpoint_hold_adapters_alone(inputs: Path, tmp_path: Path) -> None:

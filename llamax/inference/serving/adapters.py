@@ -30,6 +30,7 @@ from llamax.model.lora_linear import Adapter, FrozenLinear
 from llamax.parallel.collectives import Solo
 from llamax.parallel.tensor_parallel import ColumnLinear, RowLinear
 from llamax.runtime.errors import CheckpointError, ConfigError
+from llamax.runtime.logging import logger
 
 BASE_SETTINGS = ("method", "quant", "double_quant")  # what adapters of one base have in common
 
@@ -107,6 +108,11 @@ def build_served(
     if first.method == "lora":
         model = loaded.build(tp, device, dtype)
     else:
+        logger.warning(
+            "%s is served in %s, in which its adapters were trained, also by its own name",
+            loaded.source.folder,
+            first.quant,
+        )
         model = Llama(loaded.model, tp, dtype=like.dtype, device="meta")
         load_base(model, loaded.source, first, like, Solo("data", device))
     beside: dict[str, dict[str, Sequence[Adapter]]] = defaultdict(dict)
