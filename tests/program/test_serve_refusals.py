@@ -124,6 +124,8 @@ def test_a_body_that_is_no_object_is_refused(server: Server, body: bytes) -> Non
 
 def test_a_client_that_goes_away_ends_its_request(server: Server) -> None:
     host, port = server.url.removeprefix("http://").split(":")
+    refused = 'llamax_requests_total{outcome="refused"}'
+    refused_before = metric(server, refused)
     for stream in (True, False):
         before = metric(server, 'llamax_requests_total{outcome="cancelled"}')
         body = json.dumps({"prompt": "x", "max_tokens": 120, "stream": stream, "n": 16}).encode()
@@ -138,6 +140,7 @@ def test_a_client_that_goes_away_ends_its_request(server: Server) -> None:
         while metric(server, "llamax_requests_active") or metric(server, "llamax_requests_waiting"):
             time.sleep(0.01)
         assert metric(server, 'llamax_requests_total{outcome="cancelled"}') > before
+    assert metric(server, refused) == refused_before
 
 
 # ---- starting and stopping

@@ -61,7 +61,8 @@ def build_app(service: Service, max_body: int, keys: tuple[str, ...] = ()) -> AS
                 return await _respond(request, answer(body), path)
             except Exception as error:
                 refusal = _refusal(error)
-                service.scheduler.metrics.ended("refused")
+                if not isinstance(error, ClientDisconnect):  # its answers are counted as cancelled
+                    service.scheduler.metrics.ended("refused")
                 return _error(refusal, path)
 
         return Route(path, handle, methods=["POST"])
