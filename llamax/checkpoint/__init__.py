@@ -4,6 +4,7 @@ A researcher needs five names::
 
     saver = Saver(run / "checkpoints", axes, model.sharded_parameters())
     saver.save(step, optimizer.owned(), state, model_hub, config_text)
+    saver.wait()  # on rank 0 the checkpoint is complete
 
     checkpoint = Checkpoint(newest_checkpoint(run))
     load_weights(checkpoint, model.sharded_parameters())
