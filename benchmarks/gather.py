@@ -25,8 +25,9 @@ import torch
 
 from llamax.backends import cpu
 from llamax.data.batch_plan import BatchPlan
+from llamax.data.header import Header
 from llamax.data.loader import Loader, lay_out
-from llamax.data.token_file import Header, TokenFile, TokenWriter
+from llamax.data.token_file import TokenFile, TokenWriter
 
 S = 2048
 BATCH = 64

@@ -29,9 +29,10 @@ from llamax.cli.prepare import main as prepare
 from llamax.config.load import load_config
 from llamax.config.schema import OptimConfig
 from llamax.data.dataset import open_dataset
+from llamax.data.header import Header
 from llamax.data.packing import Packs
 from llamax.data.samples import Samples
-from llamax.data.token_file import Header, TokenFile, TokenWriter
+from llamax.data.token_file import TokenFile, TokenWriter
 from llamax.model.llama import Llama
 from llamax.ops import IGNORE_INDEX
 from llamax.optim.zero import Zero

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from llamax.data.header import Header
 from llamax.data.megatron import IndexedFile, write_indexed
-from llamax.data.token_file import Header, TokenFile, TokenWriter
+from llamax.data.token_file import TokenFile, TokenWriter
 
 VOCABULARIES = (600, 32_000, 65_499, 65_500, 128_256)
 

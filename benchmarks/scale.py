@@ -24,7 +24,8 @@ from typing import NamedTuple
 import numpy as np
 
 from llamax.config.load import dump_config, load_config
-from llamax.data.token_file import Header, TokenWriter
+from llamax.data.header import Header
+from llamax.data.token_file import TokenWriter
 from llamax.training.metrics import Record
 
 HERE = Path(__file__).resolve().parents[1]

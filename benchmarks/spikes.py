@@ -26,8 +26,9 @@ import numpy.typing as npt
 import llamax
 from llamax.config.load import parse_config
 from llamax.config.schema import Config
+from llamax.data.header import Header
 from llamax.data.samples import Samples
-from llamax.data.token_file import Header, TokenFile, TokenWriter
+from llamax.data.token_file import TokenFile, TokenWriter
 from llamax.parallel.mesh import ALONE
 from llamax.runtime.files import sha256
 

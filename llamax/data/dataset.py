@@ -17,11 +17,12 @@ from typing import Any
 
 from llamax.config.data_path import RANDOM, blend_words, weight_of
 from llamax.data.chat.record import PromptRecord
+from llamax.data.header import Header
 from llamax.data.megatron import IndexedFile, indexed_prefix, is_prefix
 from llamax.data.not_a_dataset import not_a_dataset
 from llamax.data.random_stream import TRAINING, VALIDATION, RandomStream
-from llamax.data.stream import Stream
-from llamax.data.token_file import GoOn, Header, TokenFile, Verify
+from llamax.data.stream import GoOn, Stream
+from llamax.data.token_file import TokenFile, Verify
 from llamax.data.tokenizer.tokenizer import fingerprint_of_file
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import is_file_name

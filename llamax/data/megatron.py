@@ -25,15 +25,18 @@ import mmap
 import os
 import struct
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from llamax.data.header import Header
 from llamax.data.search import first_at_least, inside
 from llamax.data.shuffle import Integers
-from llamax.data.token_file import GoOn, Header, TokenFile, Verify
+from llamax.data.stream import GoOn, Stream
+from llamax.data.token_file import TokenFile, Verify
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import new_file, plain_file, refuse_link, sync_folder, sync_handle
 from llamax.runtime.mapping import check_size, map_file
@@ -57,15 +60,13 @@ def indexed_prefix(folder: Path, split: str, key: str) -> Path:
     return folder / f"{split}_{key}_document"
 
 
-class IndexedFile:
+class IndexedFile(Stream):
     """A mapped Megatron dataset: ``tokens`` [tokens] and ``documents`` [documents + 1].
 
     ``verify`` sets when tokens are checked against ``vocab_size`` (0: unknown); ``header`` is what
     another file states about the dataset.  Raises DataError if a file is missing or of another
     format, or if the two files disagree.
     """
-
-    masked = False
 
     def __init__(
         self,
@@ -113,13 +114,9 @@ class IndexedFile:
             )
         if self.dtype.kind == "f":
             raise DataError(f"{data}: holds {self.dtype.name} numbers, not tokens; give token ids")
-        self.tokens: npt.NDArray[Any] = np.frombuffer(self._data, self.dtype)
-        self._documents: npt.NDArray[np.uint64] | None = None
+        self.tokens = np.frombuffer(self._data, self.dtype)
         self._check_sequences(0, SAMPLED)
         self.header = header or Header("", 0, bos_id=self._first_token())
-
-    def __len__(self) -> int:
-        return len(self.tokens)
 
     def sequence(self, number: int) -> npt.NDArray[Any]:
         """The tokens of a sequence, a view."""
@@ -130,16 +127,13 @@ class IndexedFile:
     def num_documents(self) -> int:
         return max(len(self.marks) - 1, 0)
 
-    @property
-    def documents(self) -> npt.NDArray[np.uint64]:
-        """Tokens [documents[i], documents[i + 1]) are document i; computed at the first use."""
-        if self._documents is None:
-            self._check_marks(0, len(self.marks))
-            found = self._begins(self.marks).astype(np.uint64)
-            if (found[1:] < found[:-1]).any():  # damage beyond the sequences checked at opening
-                self._check_sequences(0, len(self.lengths))
-            self._documents = found
-        return self._documents
+    @cached_property
+    def documents(self) -> npt.NDArray[np.uint64]:  # type: ignore[override]  # made when it is used
+        self._check_marks(0, len(self.marks))
+        found = self._begins(self.marks).astype(np.uint64)
+        if (found[1:] < found[:-1]).any():  # damage beyond the sequences checked at opening
+            self._check_sequences(0, len(self.lengths))
+        return found
 
     def bounds(self, documents: Integers) -> tuple[Integers, Integers]:
         """The first token of each of these documents, and one after its last."""
@@ -183,10 +177,6 @@ class IndexedFile:
                 f"{self.path}.idx: document {start + max(wrong - 1, 0)} ends before it begins or "
                 f"after the last sequence, at sequence {marks[wrong]}; prepare it again"
             )
-
-    def counted(self, places: Integers) -> npt.NDArray[np.bool_]:
-        """Every token counts in the loss."""
-        return np.ones(places.shape, bool)
 
     def verify(
         self, threads: int | None = None, share: int = 0, of: int = 1, go_on: GoOn | None = None

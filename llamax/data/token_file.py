@@ -17,14 +17,11 @@ maps the file: time and memory of opening grow only by four bytes of checksum pe
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import time
 import zlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -32,98 +29,20 @@ from typing import IO, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from llamax.data.search import inside
+from llamax.data.header import BLOCK_BYTES, HEADER_BYTES, REMEDY, Header
 from llamax.data.shuffle import Integers
+from llamax.data.stream import GoOn, Stream
 from llamax.runtime.cores import workers
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import new_file, plain_file, refuse_link, sync_folder, sync_handle
-from llamax.runtime.json_reader import parse_object
 from llamax.runtime.mapping import check_size, map_file
 
-MAGIC = b"llamax1\n"
-HEADER_BYTES = 4096
-BLOCK_BYTES = 2**20
 ALIGN_BYTES = 64
-REMEDY = "the file is damaged; copy it again, or make it again with llamax prepare"
 
-Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 Verify = Literal["start", "read", "off"]
-GoOn = Callable[[], bool]
 
 
-@dataclass(frozen=True)
-class Header:
-    """The header of a token file: tokenizer, counts and the places of its sections.
-
-    ``tokenizer`` is a sha256; ``bos_id`` and ``eos_id`` are None if documents do not begin or
-    end with them; ``counted`` is the number of tokens in the loss, None if all are.
-    """
-
-    tokenizer: str
-    vocab_size: int
-    bos_id: int | None = None
-    eos_id: int | None = None
-    tokens: int = 0
-    documents: int = 0
-    text_bytes: int = 0
-    checksums_crc32: int = 0
-    sections: dict[str, tuple[int, int]] = field(default_factory=dict)
-    counted: int | None = None
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The narrowest type for the vocabulary."""
-        return np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
-
-    def to_bytes(self) -> bytes:
-        """The first HEADER_BYTES of the file."""
-        text = json.dumps({"dtype": self.dtype.name, **asdict(self)})
-        body = text.encode().ljust(HEADER_BYTES - len(MAGIC) - 4)
-        return MAGIC + zlib.crc32(body).to_bytes(4, "little") + body
-
-    @classmethod
-    def from_bytes(cls, raw: bytes, path: Path) -> Header:
-        """The header of the file ``path``; DataError if it is damaged or not a token file's."""
-        if raw[: len(MAGIC)] != MAGIC:
-            raise DataError(
-                f"{path}: is not a token file (starts with {raw[: len(MAGIC)]!r}, not {MAGIC!r}); "
-                "give a file made by llamax prepare"
-            )
-        crc, body = raw[len(MAGIC) : len(MAGIC) + 4], raw[len(MAGIC) + 4 :]
-        if len(raw) != HEADER_BYTES or zlib.crc32(body) != int.from_bytes(crc, "little"):
-            raise DataError(f"{path}: its header does not match its checksum: {REMEDY}")
-        try:
-            (found := parse_object(body)).pop("dtype")
-            found["sections"] = {k: (start, size) for k, (start, size) in found["sections"].items()}
-            header = cls(**found)
-            consistent = header.is_consistent()
-        except (ValueError, TypeError, KeyError, AttributeError):
-            consistent = False
-        if not consistent:
-            raise DataError(f"{path}: its header contradicts itself: {REMEDY}")
-        return header
-
-    def is_consistent(self) -> bool:
-        """Whether sections follow each other and have the sizes of their contents."""
-        counts = (self.vocab_size, self.tokens, self.documents, self.text_bytes)
-        ids = [n for n in (self.bos_id, self.eos_id, self.counted) if n is not None]
-        numbers = [*counts, self.checksums_crc32, *ids, *sum(self.sections.values(), ())]
-        if not all(type(n) is int and n >= 0 for n in numbers) or self.vocab_size < 1:
-            return False
-        sizes = {"tokens": self.tokens * self.dtype.itemsize, "documents": 8 * (self.documents + 1)}
-        if self.counted is not None:
-            sizes["counted"] = -(-self.tokens // 8)
-        sizes["checksums"] = 4 * -(-(self.sections["checksums"][0] - HEADER_BYTES) // BLOCK_BYTES)
-        end = HEADER_BYTES
-        for name, size in sizes.items():
-            start, found = self.sections[name]
-            if start < end or found != size:
-                return False
-            end = start + size
-        return isinstance(self.tokenizer, str) and self.sections.keys() == sizes.keys()
-
-
-class TokenFile:
+class TokenFile(Stream):
     """A mapped token file: ``tokens`` [tokens], ``documents`` [documents + 1] and ``counted``.
 
     ``verify`` sets when checksums are checked: "start", all of them now; "read", each block before
@@ -142,13 +61,16 @@ class TokenFile:
                 f"{self.path}: cannot be opened ({error.strerror}); give a dataset made by "
                 "llamax prepare"
             ) from None
+        # The hash of the header, and so of the checksums of everything else.
+        self.identity = sha256(self.header.to_bytes()).hexdigest()
         size, end = len(self._map), sum(self.header.sections["checksums"])
         if size != end:
             raise DataError(f"{self.path}: has {size} bytes where its header says {end}: {REMEDY}")
-        self.tokens: Tokens = self._section("tokens", self.header.dtype)
-        self.documents: npt.NDArray[np.uint64] = self._section("documents", np.dtype("<u8"))
+        self.tokens = self._section("tokens", self.header.dtype)
+        self.documents = self._section("documents", np.dtype("<u8"))
         self._counted: npt.NDArray[np.uint8] | None = None
-        if "counted" in self.header.sections:
+        self.masked = "counted" in self.header.sections
+        if self.masked:
             self._counted = self._section("counted", np.dtype("u1"))
         self._checksums: npt.NDArray[np.uint32] = self._section("checksums", np.dtype("<u4"))
         self._unseen = np.ones(len(self._checksums) if verify != "off" else 0, bool)
@@ -156,9 +78,6 @@ class TokenFile:
             raise DataError(f"{self.path}: its checksum table is not the one written: {REMEDY}")
         if verify == "start":
             self.verify()
-
-    def __len__(self) -> int:
-        return self.header.tokens
 
     def verify(
         self, threads: int | None = None, share: int = 0, of: int = 1, go_on: GoOn | None = None
@@ -179,35 +98,9 @@ class TokenFile:
         self.release()
         return len(blocks) * BLOCK_BYTES / (time.perf_counter() - start)
 
-    @property
-    def identity(self) -> str:
-        """The hash of the header, and so of the checksums of everything else."""
-        return sha256(self.header.to_bytes()).hexdigest()
-
-    @property
-    def num_documents(self) -> int:
-        return self.header.documents
-
-    def bounds(self, documents: Integers) -> tuple[Integers, Integers]:
-        """The first token of each of these documents, and one after its last."""
-        both = np.stack([documents, documents + 1], 1)  # neighbours in memory, read together
-        starts, stops = self.documents[both].astype(np.int64).T
-        return starts, stops
-
-    def begins(self, starts: Integers, stops: Integers) -> tuple[Integers, Integers]:
-        """The documents that begin inside windows: (window, first token) of each."""
-        windows, documents = inside(self.documents, starts, stops)
-        return windows, self.documents[documents].astype(np.int64)
-
-    @property
-    def masked(self) -> bool:
-        """Whether the file says which tokens count in the loss."""
-        return self._counted is not None
-
-    def counted(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Whether the tokens at ``places`` (any shape) count in the loss."""
+    def counted(self, places: Integers) -> npt.NDArray[np.bool_]:
         if self._counted is None:
-            return np.ones(places.shape, bool)
+            return super().counted(places)
         bits: npt.NDArray[np.bool_] = (self._counted[places >> 3] >> (places & 7)) & 1 == 1
         return bits
 
@@ -215,9 +108,7 @@ class TokenFile:
         """Give back the memory of pages that were read; they are read again when needed."""
         self._map.madvise(mmap.MADV_DONTNEED)
 
-    def touch(
-        self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64], section: str = "tokens"
-    ) -> None:
+    def touch(self, starts: Integers, stops: Integers, section: str = "tokens") -> None:
         """Check the length, and the unchecked blocks with elements starts[i]:stops[i]."""
         check_size(self._map, self.path)
         if not np.count_nonzero(self._unseen):

@@ -27,7 +27,8 @@ from llamax.config.schema import Config, sections
 from llamax.config.toml import to_toml
 from llamax.data.dataset import Dataset, open_dataset
 from llamax.data.samples import Samples
-from llamax.data.token_file import GoOn, Verify
+from llamax.data.stream import GoOn
+from llamax.data.token_file import Verify
 from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.optim.schedule import lr_at
 from llamax.runtime.errors import CheckpointError, ConfigError

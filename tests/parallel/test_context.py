@@ -36,8 +36,9 @@ from torch import Tensor
 from llamax import ops
 from llamax.config.model import ModelConfig
 from llamax.config.schema import DataConfig, FinetuneConfig
+from llamax.data.header import Header
 from llamax.data.samples import Samples
-from llamax.data.token_file import Header, TokenFile, TokenWriter
+from llamax.data.token_file import TokenFile, TokenWriter
 from llamax.model.llama import Llama
 from llamax.model.recompute import Recompute
 from llamax.parallel import context_parallel

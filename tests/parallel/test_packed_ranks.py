@@ -18,8 +18,9 @@ from support.world import Worlds, axes
 
 from llamax.config.model import ModelConfig
 from llamax.config.schema import DataConfig, FinetuneConfig, OptimConfig
+from llamax.data.header import Header
 from llamax.data.samples import Samples
-from llamax.data.token_file import Header, TokenFile, TokenWriter
+from llamax.data.token_file import TokenFile, TokenWriter
 from llamax.inference.evaluate import loss_of
 from llamax.model.llama import Llama
 from llamax.ops import IGNORE_INDEX

@@ -35,8 +35,9 @@ from llamax.config.load import load_config
 from llamax.config.schema import CheckpointConfig
 from llamax.data.batch_plan import BatchPlan
 from llamax.data.dataset import open_dataset
+from llamax.data.header import Header
 from llamax.data.loader import Loader
-from llamax.data.token_file import Header, TokenWriter
+from llamax.data.token_file import TokenWriter
 from llamax.optim.schedule import lr_at
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import CheckpointError

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamax.data.batch_plan import BatchPlan
+from llamax.data.header import Header
 from llamax.data.loader import Batch, Loader, permute
-from llamax.data.token_file import Header, TokenFile, TokenWriter
+from llamax.data.token_file import TokenFile, TokenWriter
 from llamax.ops import IGNORE_INDEX
 from llamax.runtime.errors import DataError
 

@@ -37,8 +37,8 @@ from llamax.checkpoint.safetensors_io import read_header
 from llamax.config.load import load_config
 from llamax.data.batch_plan import BatchPlan
 from llamax.data.dataset import open_dataset
+from llamax.data.header import HEADER_BYTES, MAGIC
 from llamax.data.loader import Loader
-from llamax.data.token_file import HEADER_BYTES, MAGIC
 from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.runtime.errors import LlamaxError
 from support import tiny_run

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from llamax.config.schema import Config
+from llamax.data.header import Header
 from llamax.data.samples import Samples
-from llamax.data.token_file import Header, TokenFile, TokenWriter
+from llamax.data.token_file import TokenFile, TokenWriter
 from llamax.model.llama import Llama
 from llamax.parallel.mesh import ALONE
 from support.models import TINY

@@ -17,7 +17,8 @@ import numpy as np
 from llamax.config.load import dump_config
 from llamax.config.schema import CheckpointConfig, Config, DataConfig, OptimConfig, RunConfig
 from llamax.config.toml import to_toml
-from llamax.data.token_file import Header, TokenWriter
+from llamax.data.header import Header
+from llamax.data.token_file import TokenWriter
 from llamax.parallel import network
 from llamax.runtime.files import sha256
 from llamax.runtime.process import NO_CACHE

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llamax.data.token_file import Header, TokenFile, TokenWriter
+from llamax.data.header import Header
+from llamax.data.token_file import TokenFile, TokenWriter
 
 
 def write_token_file(path: Path, lengths: list[int], answers: int | None = 2) -> TokenFile:

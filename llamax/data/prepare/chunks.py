@@ -27,10 +27,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from llamax.data.header import Header
 from llamax.data.megatron import indexed_prefix, write_indexed
 from llamax.data.prepare.progress import Progress, count_tokens, start_worker
 from llamax.data.prepare.unread import count_names
-from llamax.data.token_file import Header, TokenFile, TokenWriter
+from llamax.data.token_file import TokenFile, TokenWriter
 from llamax.data.tokenizer.tokenizer import Tokenizer
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import show_free, write_atomic

@@ -35,8 +35,9 @@ from torch import Tensor
 from llamax.backends.tracing import Tracer
 from llamax.checkpoint.build_model import build_model
 from llamax.config.load import load_config
+from llamax.data.header import Header
 from llamax.data.samples import Samples
-from llamax.data.token_file import Header, TokenFile, TokenWriter
+from llamax.data.token_file import TokenFile, TokenWriter
 from llamax.parallel.mesh import Coordinate, Seat
 from llamax.parallel.pipeline import Schedule, Swap, Work, edge_name, forwards, schedule
 from llamax.parallel.rendezvous import rendezvous

@@ -19,8 +19,9 @@ from llamax.cli import inspect as program
 from llamax.config.load import dump_config
 from llamax.config.schema import DataConfig
 from llamax.data.dataset import open_dataset
+from llamax.data.header import Header
 from llamax.data.samples import Samples
-from llamax.data.token_file import Header, TokenFile, TokenWriter
+from llamax.data.token_file import TokenFile, TokenWriter
 from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.ops import IGNORE_INDEX
 from llamax.parallel.mesh import ALONE

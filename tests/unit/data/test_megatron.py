@@ -12,10 +12,11 @@ from support.megatron import DOCUMENTS, index_bytes, write_dataset
 
 from llamax.data.batch_plan import BatchPlan
 from llamax.data.dataset import open_dataset
+from llamax.data.header import Header
 from llamax.data.loader import Loader
 from llamax.data.megatron import SAMPLED, IndexedFile, write_indexed
 from llamax.data.packing import Packs
-from llamax.data.token_file import Header, TokenFile, TokenWriter
+from llamax.data.token_file import TokenFile, TokenWriter
 from llamax.runtime.errors import DataError, LinkError
 
 
@@ -91,7 +92,7 @@ def test_marks_are_not_read_through_to_open_a_file_or_to_cut_windows(tmp_path: P
     assert windows.tolist() == [0, 1, 1, 1]
     assert [each.tolist() for each in file.bounds(np.array([7]))] == [[14], [16]]
     assert 0 < Counted.numbers < 300
-    assert "_documents" not in vars(file) or file._documents is None
+    assert "documents" not in vars(file)
 
 
 def test_what_is_written_is_the_layout(tmp_path: Path) -> None:
@@ -238,4 +239,4 @@ def test_packing_computes_no_table_of_all_documents(tmp_path: Path) -> None:
     packs = Packs(file, 8)
     assert sorted(d for i in range(len(packs)) for d in packs.documents(i).tolist()) == [0, 1, 2]
     assert packs.places == 8
-    assert file._documents is None
+    assert "documents" not in vars(file)

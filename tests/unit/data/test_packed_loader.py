@@ -16,11 +16,12 @@ from support.token_files import write_token_file
 from llamax.config.schema import DataConfig
 from llamax.data.batch_plan import BatchPlan
 from llamax.data.dataset import open_dataset
+from llamax.data.header import Header
 from llamax.data.loader import Batch, Loader
 from llamax.data.packed_loader import PackedLoader
 from llamax.data.packing import Packs
 from llamax.data.samples import Samples
-from llamax.data.token_file import Header, TokenFile, TokenWriter
+from llamax.data.token_file import TokenFile, TokenWriter
 from llamax.model.llama import Llama
 from llamax.ops import IGNORE_INDEX
 from llamax.parallel.collectives import Solo

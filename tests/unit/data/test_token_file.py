@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from llamax.data import token_file
-from llamax.data.token_file import BLOCK_BYTES, HEADER_BYTES, Header, TokenFile, TokenWriter
+from llamax.data.header import BLOCK_BYTES, HEADER_BYTES, Header
+from llamax.data.token_file import TokenFile, TokenWriter
 from llamax.runtime.errors import DataError, LinkError
 
 

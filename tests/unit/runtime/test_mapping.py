@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llamax.data.header import Header
 from llamax.data.megatron import IndexedFile, write_indexed
-from llamax.data.token_file import Header, TokenFile, TokenWriter
+from llamax.data.token_file import TokenFile, TokenWriter
 from llamax.runtime.errors import DataError
 from llamax.runtime.mapping import REMEDY, describe_loss, map_file
 

@@ -11,7 +11,8 @@ import pytest
 from support import tiny_run
 
 from llamax.config.schema import Config
-from llamax.data.token_file import Header, TokenWriter
+from llamax.data.header import Header
+from llamax.data.token_file import TokenWriter
 from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.data.tokenizer.train import train_sentencepiece
 from llamax.runtime.errors import CheckpointError

@@ -12,7 +12,8 @@ from support import tiny_run
 
 from llamax.backends import choose
 from llamax.config.schema import Config
-from llamax.data.token_file import Header, TokenWriter
+from llamax.data.header import Header
+from llamax.data.token_file import TokenWriter
 from llamax.parallel.collectives import Axes
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import DataError
