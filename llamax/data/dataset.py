@@ -52,12 +52,10 @@ class Mixture:
     def __len__(self) -> int:
         return sum(map(len, self.parts))
 
-    def verify(
-        self, threads: int | None = None, share: int = 0, of: int = 1, go_on: GoOn | None = None
-    ) -> None:
+    def verify(self, share: int = 0, of: int = 1, go_on: GoOn | None = None) -> None:
         """Check part ``share`` of ``of`` of each stream; see ``Dataset.verify``."""
         for part in self.parts:
-            part.verify(threads, share, of, go_on)
+            part.verify(share, of, go_on)
 
 
 Split = Stream | Mixture
@@ -95,7 +93,7 @@ class Dataset:
         """
         for file in (self.train, self.validation):
             if file is not None:
-                file.verify(share=share, of=of, go_on=go_on)
+                file.verify(share, of, go_on)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise DataError if a model of ``vocab_size`` cannot embed every token.

@@ -178,9 +178,7 @@ class IndexedFile(Stream):
                 f"after the last sequence, at sequence {marks[wrong]}; prepare it again"
             )
 
-    def verify(
-        self, threads: int | None = None, share: int = 0, of: int = 1, go_on: GoOn | None = None
-    ) -> None:
+    def verify(self, share: int = 0, of: int = 1, go_on: GoOn | None = None) -> None:
         """Check part ``share`` of ``of``: sequences lie end to end, tokens are in the vocabulary.
 
         ``go_on`` is called now and then; checking ends early when it returns False.

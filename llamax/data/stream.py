@@ -59,7 +59,5 @@ class Stream:
     def touch(self, starts: Integers, stops: Integers, section: str = "tokens") -> None:
         """Check elements starts[i]:stops[i] of a section before they are read, where it can be."""
 
-    def verify(
-        self, threads: int | None = None, share: int = 0, of: int = 1, go_on: GoOn | None = None
-    ) -> object:
-        """Check part ``share`` of ``of`` of the stream, if it can be; see ``TokenFile.verify``."""
+    def verify(self, share: int = 0, of: int = 1, go_on: GoOn | None = None) -> object:
+        """Check part ``share`` of ``of`` of the stream, if it can be; see ``Dataset.verify``."""

@@ -80,11 +80,12 @@ class TokenFile(Stream):
             self.verify()
 
     def verify(
-        self, threads: int | None = None, share: int = 0, of: int = 1, go_on: GoOn | None = None
+        self, share: int = 0, of: int = 1, go_on: GoOn | None = None, threads: int = 0
     ) -> float:
-        """Check every block not yet checked, on all cores; the rate in bytes per second.
+        """Check every block not yet checked; the rate in bytes per second.
 
-        A rank checks part ``share`` of ``of`` while ``go_on`` is true.  Raises DataError on damage.
+        A rank checks part ``share`` of ``of`` while ``go_on`` is true, with ``threads``, or on all
+        cores.  Raises DataError on damage.
         """
         blocks, start = np.flatnonzero(self._unseen)[share::of], time.perf_counter()
         with ThreadPoolExecutor(threads or workers()) as pool:
