@@ -32,7 +32,7 @@ from pydantic import TypeAdapter, ValidationError
 from llamax.checkpoint.atomic import write_durable
 from llamax.checkpoint.checksums import CHECKSUM_BYTES
 from llamax.checkpoint.manifest_index import INDEX as INDEX
-from llamax.checkpoint.manifest_index import Index, KindRecord, pack, tiles
+from llamax.checkpoint.manifest_index import Index, KindRecord, changed, pack, tiles
 from llamax.checkpoint.runs import Run
 from llamax.checkpoint.safetensors_header import DTYPE_NAMES, MAX_HEADER_BYTES
 from llamax.config.constants import CONFIG_FILE
@@ -233,10 +233,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     actual = hashlib.sha256(text).hexdigest()
     if actual != expected:
-        raise CheckpointError(
-            f"{path} changed after it was saved: its sha256 is {actual}, "
-            f"the file 'done' says {expected[:64]!r}"
-        )
+        raise changed(path, actual, f"the file 'done' says {expected[:64]!r}")
     try:
         version = _VERSION.validate_json(text).format
         if version != FORMAT_VERSION:
@@ -338,7 +335,4 @@ def _check_config(path: Path, expected_sha256: str) -> None:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     if actual != expected_sha256:
-        raise CheckpointError(
-            f"{path} changed after it was saved: its sha256 is {actual}, the manifest says "
-            f"{expected_sha256}"
-        )
+        raise changed(path, actual, f"the manifest says {expected_sha256}")

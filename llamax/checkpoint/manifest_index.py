@@ -13,7 +13,6 @@ little-endian.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy.typing as npt
 from llamax.checkpoint.checksums import CHECKSUM_BYTES, open_to_read
 from llamax.checkpoint.runs import Run
 from llamax.runtime.errors import CheckpointError
+from llamax.runtime.files import sha256_from
 from llamax.runtime.mapping import map_file
 
 INDEX = "index.bin"
@@ -102,6 +102,11 @@ def pack(runs: Sequence[Runs], sums: Sequence[bytes]) -> bytes:
     return b"".join([*(each.astype(RUN).tobytes() for each in runs), *sums])
 
 
+def changed(path: Path, sha256: str, says: str) -> CheckpointError:
+    """The error for a file that has another sha256 than something ``says``."""
+    return CheckpointError(f"{path} changed after it was saved: its sha256 is {sha256}, {says}")
+
+
 class Index:
     """The index of a checkpoint whose manifest counts ``runs`` runs and ``blocks`` blocks.
 
@@ -116,15 +121,10 @@ class Index:
                     f"{path} is broken: it has {actual} bytes, and the manifest counts {runs} "
                     f"runs and {blocks} blocks, which take {size}"
                 )
-            digest, buffer = hashlib.sha256(), bytearray(2**20)
             with open(fd, "rb", buffering=0, closefd=False) as file:
-                while count := file.readinto(buffer):
-                    digest.update(memoryview(buffer)[:count])
-            if digest.hexdigest() != expected_sha256:
-                raise CheckpointError(
-                    f"{path} changed after it was saved: its sha256 is {digest.hexdigest()}, the "
-                    f"manifest says {expected_sha256:.64}"
-                )
+                actual_sha256 = sha256_from(file)
+            if actual_sha256 != expected_sha256:
+                raise changed(path, actual_sha256, f"the manifest says {expected_sha256:.64}")
             data: Any = map_file(fd, path) if size else b""
         self._runs = np.frombuffer(data, RUN, runs * COLUMNS).reshape(runs, COLUMNS)
         self._sums = memoryview(data)[runs * RUN_BYTES :]

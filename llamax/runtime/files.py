@@ -23,6 +23,7 @@ import shutil
 import stat
 from collections.abc import Callable
 from contextlib import suppress
+from io import RawIOBase
 from pathlib import Path
 from typing import TypeGuard
 
@@ -263,9 +264,14 @@ def show_free(path: Path) -> str:
 
 def sha256(path: Path) -> str:
     """The sha256 of a file, in hex."""
+    with open(path, "rb", buffering=0, opener=plain_file) as file:
+        return sha256_from(file)
+
+
+def sha256_from(file: RawIOBase) -> str:
+    """The sha256 of what follows in an open file, in hex."""
     digest, buffer = hashlib.sha256(), bytearray(1 << 20)
     view = memoryview(buffer)
-    with open(path, "rb", buffering=0, opener=plain_file) as file:
-        while size := file.readinto(buffer):
-            digest.update(view[:size])
+    while size := file.readinto(buffer):
+        digest.update(view[:size])
     return digest.hexdigest()

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from llamax.data.chat.templates import SHIELD, Span, Template, make_sample
+from llamax.data.tokenizer.cuts import Ids
 from llamax.data.tokenizer.tokenizer import Tokenizer
 
-Ids = npt.NDArray[np.uint32]
 Bits = npt.NDArray[np.bool_]
 # Where a text stands: at the beginning of a document, after a special token, or after a cut.
 Place = Literal["whole", "inside", "rest"]

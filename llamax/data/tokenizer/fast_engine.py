@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from llamax.data.tokenizer.cuts import Ids
 from llamax.data.tokenizer.fast_settings import Unsupported
 from llamax.data.tokenizer.unicode_ages import has_recent
 
-Ids = npt.NDArray[np.uint32]
 Encode = Callable[[str], Sequence[int]]
 
 CACHE_BYTES = 64 * 2**20
