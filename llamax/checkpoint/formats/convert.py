@@ -34,6 +34,7 @@ from llamax.checkpoint.formats.optimum import (
     METADATA,
     SHARDS,
     OptimumCheckpoint,
+    checkpoints_in,
 )
 from llamax.checkpoint.hf_folder import EMBEDDING, refuse_adapter_shards, write_json
 from llamax.checkpoint.runs import whole_run
@@ -136,7 +137,7 @@ def import_checkpoint(
 def guess(folder: Path) -> str:
     """The format of a folder, by the files in it; CheckpointError if it is none of them."""
     shards = folder / SHARDS if (folder / SHARDS).is_dir() else folder
-    if (shards / METADATA.format(0)).exists():
+    if (shards / METADATA.format(0)).exists() or checkpoints_in(folder):
         return "optimum"
     if any(META_FILE.fullmatch(path.name) for path in folder.iterdir()):
         return "meta"

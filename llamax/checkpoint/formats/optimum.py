@@ -5,6 +5,7 @@
     OUT/config.json                          the model
     OUT/shards/done, model/, optim/          as neuronx-distributed writes them
     OUT/shards/mp_metadata_pp_rank_P.json    how every parameter of a stage is cut
+    OUT/checkpoint-N/...                     the same, as the trainer saves it after step N
 
 The metadata gives the cut dim of each parameter and how often key/value heads are repeated.  llamax
 knows both from the model and the shapes, and refuses a folder in which the two disagree.
@@ -15,6 +16,7 @@ Source: optimum-neuron 0.4, ``models/training/modeling_utils.py`` (save_pretrain
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,16 @@ from llamax.parallel.sharding import Replica
 from llamax.runtime.errors import CheckpointError
 
 SHARDS, METADATA = "shards", "mp_metadata_pp_rank_{}.json"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 class OptimumCheckpoint(NxdCheckpoint):
-    """A folder that save_pretrained wrote, or its ``shards``."""
+    """A folder that save_pretrained wrote, its ``shards``, or a trainer's folder of several."""
 
     def __init__(self, folder: Path, config: str, optimizer: bool, step: int | None) -> None:
-        shards = folder / SHARDS if (folder / SHARDS).is_dir() else folder
-        super().__init__(shards, config, optimizer, step)
+        super().__init__(shards := find_shards(folder, step), config, optimizer, None)
+        if CHECKPOINT.fullmatch(shards.parent.name):
+            self.origin = self.origin.replace(f"tag {SHARDS}", shards.parent.name, 1)
         self._metadata = [
             read_json_inside(self.folder, self.folder / METADATA.format(stage))
             for stage in range(len(self.states))
@@ -65,6 +69,37 @@ class OptimumCheckpoint(NxdCheckpoint):
                         f"{path} says that key/value heads are repeated {replicas} times, the "
                         f"shards repeat them {self.kv_replicas(name)} times"
                     )
+
+
+def checkpoints_in(folder: Path) -> dict[int, Path]:
+    """The shards of a trainer's checkpoints in its folder, by their steps."""
+    found = ((CHECKPOINT.fullmatch(path.parent.name), path) for path in folder.glob(f"*/{SHARDS}"))
+    return {int(match[1]): path for match, path in sorted(found, key=str) if match}
+
+
+def find_shards(folder: Path, step: int | None = None) -> Path:
+    """The shards in a folder: of the checkpoint of ``step``, else its own, else of the newest.
+
+    Raises CheckpointError if there is no such checkpoint, or none of several is complete.
+    """
+    own = folder / SHARDS if (folder / SHARDS).is_dir() else folder
+    steps = checkpoints_in(folder)
+    if step is not None and own.parent.name == f"checkpoint-{step}":
+        return own
+    if step is not None and step not in steps:
+        names = ", ".join(f"checkpoint-{number}" for number in sorted(steps)) or "none"
+        raise CheckpointError(f"{folder} has no checkpoint-{step}; its checkpoints are {names}")
+    if step is not None:
+        return steps[step]
+    if own != folder or not steps:
+        return own
+    complete = [number for number, path in steps.items() if (path / "done").is_file()]
+    if not complete and len(steps) > 1:
+        raise CheckpointError(
+            f"{folder} has no complete checkpoint (with a file {SHARDS}/done); name the folder of "
+            "one"
+        )
+    return steps[max(complete or steps)]
 
 
 def _dict_at(value: Any, *keys: str) -> dict[str, Any]:

@@ -29,6 +29,39 @@ def test_optimum(tmp_path: Path, tp: int, copies: int, pp: int, xser: bool) -> N
         check_hub(out, values)
 
 
+def test_the_checkpoints_of_a_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The newest complete one, the one that is named, and the trained model beside them."""
+    model, out = llama(2), tmp_path / "out"
+    held = {}
+    for number, step in enumerate((9, 10, 11)):
+        values = {k: v + number for k, v in worlds.wholes(model, torch.float32).items()}
+        foreign.optimum(out / f"checkpoint-{step}", values, model, 2, 1)
+        held[step] = values
+    (out / "checkpoint-11" / "shards" / "done").unlink()
+
+    def read(folder: Path, expected: int, *more: str) -> str:
+        hub = tmp_path / f"hub-{len(list(tmp_path.iterdir()))}"
+        assert import_main([str(folder), "--out", str(hub), *more]) == 0
+        check_hub(hub, held[expected])
+        return capsys.readouterr().out
+
+    assert "read checkpoint-10" in read(out, 10)
+    assert "read checkpoint-9" in read(out, 9, "--step", "9")
+    assert "read checkpoint-11, which has no file done" in read(out, 11, "--step", "11")
+    assert "read checkpoint-9" in read(out / "checkpoint-9", 9, "--step", "9")
+    for folder in (out, out / "checkpoint-9"):
+        with pytest.raises(CheckpointError, match="has no checkpoint-12; its checkpoints are "):
+            open_folder(folder, "auto", "", step=12)
+    for step in (9, 10):
+        (out / f"checkpoint-{step}" / "shards" / "done").unlink()
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint .*; name the folder of one"):
+        open_folder(out)
+    held[0] = {k: v - 1 for k, v in held[9].items()}
+    foreign.optimum(out, held[0], model, 2, 1)
+    read(out, 0)
+    read(out, 9, "--step", "9")
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
