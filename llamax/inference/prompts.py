@@ -87,10 +87,11 @@ class PromptFormat:
         try:
             if self._template is None:
                 return self._plain(row)
-            if not self._template.chat:
-                row = question_of(row.get("messages")) or row
-            fields = self.fields_of(row)
-            found = read_sample(row, fields, self.system, self._template, prompt_only=True)
+            asked = row
+            if not self._template.chat and [*row] == ["messages"]:
+                asked = question_of(row["messages"]) or row
+            fields = self.fields_of(asked)
+            found = read_sample(asked, fields, self.system, self._template, prompt_only=True)
             if self.context and not found.context:
                 found = make_sample(found.instruction, self.context, system=found.system)
             spans = self._template.prompt(found)

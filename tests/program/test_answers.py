@@ -147,6 +147,12 @@ def test_a_conversation_has_the_template_of_training(
     user = {"role": "user", "content": "Who?"}
     expected = model.generate({"instruction": "Who?"}, **asked)
     assert model.generate([user], **asked) == expected
+    said = tmp_path / "said.jsonl"
+    table = write_rows(tmp_path / "asked.jsonl", [{"messages": [user]}])
+    argv = [tmp_path / "tuned", "--prompts-file", table, "--greedy", "--out", said]
+    assert run_main(generate, [*map(str, argv), "--max-new-tokens", "12"]) == 0
+    answer = json.loads(said.read_text())
+    assert (answer["messages"], answer["text"]) == ([user], expected)
     assert model.generate("<user>Who?<answer>", template="none", **asked) != expected
     if name == "dolly":  # it holds one question
         with pytest.raises(DataError, match="is a conversation, which this template cannot read"):
