@@ -36,7 +36,7 @@ from llamax.checkpoint.formats.optimum import (
     OptimumCheckpoint,
     checkpoints_in,
 )
-from llamax.checkpoint.hf_folder import EMBEDDING, refuse_adapter_shards, write_json
+from llamax.checkpoint.hf_folder import EMBEDDING, check_floating, refuse_adapter_shards, write_json
 from llamax.checkpoint.runs import whole_run
 from llamax.checkpoint.safetensors_io import (
     TAGS,
@@ -207,13 +207,8 @@ def size_bytes(source: ForeignCheckpoint, name: str, kind: str = "weight") -> in
 def check_dtypes(source: ForeignCheckpoint) -> None:
     """Refuse types that llamax does not write, before anything is written."""
     for name in source.shapes:
-        for kind in source.kinds:
-            dtype = source.dtype(name, kind)
-            if dtype not in TAGS or not dtype.is_floating_point:
-                raise CheckpointError(
-                    f"{source.folder}: {name} ({kind}) is {dtype}; llamax reads floating-point "
-                    "weights"
-                )
+        dtypes = {f"{name} ({kind})": source.dtype(name, kind) for kind in source.kinds}
+        check_floating(dtypes, source.folder)
 
 
 def to_hub(
