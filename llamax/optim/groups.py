@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from math import sqrt
 from typing import Literal, NamedTuple
 
@@ -217,6 +218,7 @@ class Group:
             parameter.register_post_accumulate_grad_hook(Accumulate(view))
         return total
 
+    @cached_property
     def gradient_sums(self) -> dict[str, GradientSum]:
         """Where the gradient of each parameter is summed, by name."""
         kept = [None] * len(self.names) if self.gradient is None else self._views(self.gradient)
@@ -228,16 +230,15 @@ class Group:
 
     def take_gradients(self, bucket: Bucket) -> list[Tensor]:
         """Take the bucket's gradient from the parameters, in flat parts, and clear it there."""
-        parts = []
+        taken = []
         for member, start, stop in bucket.pieces:
-            parameter = self.parameters[member]
-            if parameter.grad is None:
-                parts.append(parameter.new_zeros(stop - start))
-            else:
-                parts.append(parameter.grad.reshape(-1)[start:stop])
+            total = self.gradient_sums[self.names[member]]
+            parts = total.parts() or [self.parameters[member].new_zeros(self.lengths[member])]
+            for part, low, high in pieces([*map(len, parts)], start, stop):
+                taken.append(parts[part][low:high])
             if stop == self.lengths[member]:
-                parameter.grad = None
-        return parts
+                total.clear()
+        return taken
 
     def sums(self) -> list[Tensor]:
         """Where gradients are summed over microsteps."""
@@ -271,13 +272,12 @@ class Group:
         """
         if self.reduced:
             return {}
-        kept = (
-            [parameter.grad for parameter in self.parameters]
-            if self.gradient is None
-            else self._views(self.gradient)
-        )
-        named = zip(self.names, kept, strict=True)
-        return {name: grad for name, grad in named if name in names and grad is not None}
+        if self.gradient is not None:
+            named = zip(self.names, self._views(self.gradient), strict=True)
+            return {name: gradient for name, gradient in named if name in names}
+        kept = {name: self.gradient_sums[name].parts() for name in self.names if name in names}
+        shapes = dict(zip(self.names, (p.shape for p in self.parameters), strict=True))
+        return {n: torch.cat(parts).view(shapes[n]) for n, parts in kept.items() if parts}
 
     def adopt(self) -> None:
         """Copy the weights into their float32 masters."""
@@ -287,8 +287,11 @@ class Group:
 
     def zero_grad(self) -> None:
         """Clear the accumulated gradients."""
-        if self.gradient is not None:
-            self.gradient.zero_()
+        if self.gradient is None:
+            for total in self.gradient_sums.values():
+                total.clear()
+            return
+        self.gradient.zero_()
         for parameter in self.parameters:
             parameter.grad = None
 

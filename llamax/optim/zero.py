@@ -21,9 +21,9 @@ so step 7 needs no copy per parameter, and so is, in float32, the rank's master 
 
 Each gradient is added to a flat float32 vector as soon as backward has made it, and freed:
 microsteps sum in float32, all of them trace the same graph, and nothing is copied to be sent.  Only
-float32 gradients that are never sent stay in ``parameter.grad``, and take no memory during forward.
-On eager devices the products of layers add to these sums themselves
-(``llamax.parallel.weight_gradient``).
+float32 gradients that are never sent stay in ``parameter.grad``, or an embedding's in blocks of its
+rows, and take no memory during forward.  On eager devices the products of layers add to these sums
+themselves (``llamax.parallel.weight_gradient``).
 
 The data ranks own one run each, or, with ``parallel.zero_ranks``, groups of neighbours do, and
 each group owns everything (hybrid sharding: Zhao et al. 2023, section 3.2.2).  Then all that goes
@@ -83,7 +83,7 @@ class Zero:
 
     ``parameters`` are this rank's shares and move into flat vectors: load into them in place from
     then on, and call ``adopt_parameters``; frozen ones are left alone.  After backward a gradient
-    may be in the flat vector and ``parameter.grad`` None: see or change it in a hook that
+    may lie elsewhere and ``parameter.grad`` be None: see or change it in a hook that
     ``parameter.register_hook`` takes.  ``torch.autograd.grad`` returns gradients and sums none.
     ``sequence_parallel``: each tensor rank saw its own part of the sequence, so that gradients of
     replicas are partial.  ``zero``: the stage; in 3, weights of layers are placeholders from then
@@ -141,7 +141,7 @@ class Zero:
             else:
                 group = Group(key, named, counted, axes, self.shard, bucket_bytes)
                 self.groups.append(group)
-                sums |= group.gradient_sums()
+                sums |= group.gradient_sums
         self._layers = {n: layer for n, layer in parameters.layers.items() if n in sums}
         for name, layer in self._layers.items():
             layer.gradient_sum = sums[name]

@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llamax import ops
-from llamax.config.constants import loss_chunk_tokens
+from llamax.config.choices import EAGER_BACKENDS
+from llamax.config.constants import LOSS_PRODUCT_ROWS, loss_chunk_tokens
 from llamax.ops import IGNORE_INDEX
 from llamax.parallel import regions
 from llamax.parallel.collectives import Axis
@@ -51,7 +52,10 @@ class _VocabParallelLoss(torch.autograd.Function):
         x_TD, labels_T = x_BSD.flatten(0, 1), labels_BS.flatten()
         rows = weight.shape[0]
         want_dx, want_dw = ctx.needs_input_grad[:2]
-        dx_TD = torch.empty_like(x_TD) if want_dx else None
+        dx_TD = None
+        if want_dx:  # chunk by chunk, in the place of what was gathered
+            gathered = sequence_parallel and axis.size > 1 and x.device.type in EAGER_BACKENDS
+            dx_TD = x_TD if gathered else torch.empty_like(x_TD)
         dw = torch.zeros_like(weight, dtype=torch.float32) if want_dw else None
         multiplied = weight.to(ops.product_dtype(weight))
         padding = _padding(rows, vocab_size, axis)
@@ -64,8 +68,13 @@ class _VocabParallelLoss(torch.autograd.Function):
 
         def add(chunk: slice) -> Tensor:  # its logits go before those of the next come
             x_tD, labels_t = x_TD[chunk].to(multiplied.dtype), labels_T[chunk]
-            out = None if logits is None else logits[: len(x_tD)]
-            logits_tv = torch.mm(x_tD, multiplied.T, out=out).float()
+            if logits is None:
+                logits_tv = torch.mm(x_tD, multiplied.T).float()
+            else:
+                logits_tv = logits[: len(x_tD)]
+                for part in range(0, rows, LOSS_PRODUCT_ROWS):
+                    some = slice(part, part + LOSS_PRODUCT_ROWS)
+                    torch.mm(x_tD, multiplied[some].T, out=logits_tv[:, some])
             if padding is not None:
                 logits_tv.masked_fill_(padding, torch.full((), -torch.inf, device=x.device))
             counted_t = _counted(labels_t)
@@ -80,12 +89,12 @@ class _VocabParallelLoss(torch.autograd.Function):
             if gain != 1.0:
                 logits_tv.mul_(gain)
             dlogits_tv = logits_tv.to(multiplied.dtype)
-            if dx_TD is not None:
-                dx_TD[chunk] = dlogits_tv @ multiplied
             if dw is not None:
                 dw.addmm_(dlogits_tv.T, x_tD) if dw.dtype == x_tD.dtype else dw.add_(
                     dlogits_tv.T @ x_tD
                 )
+            if dx_TD is not None:
+                dx_TD[chunk] = dlogits_tv @ multiplied
             return loss
 
         for start in range(0, x_TD.shape[0], chunk_tokens):
@@ -193,7 +202,7 @@ def vocab_parallel_loss(
 
     [B,s,D] (sequence parallel) or [B,S,D], [v,D], [B,S] -> loss sum, count.  Labels of
     ``IGNORE_INDEX`` count for nothing.  ``chunk_tokens`` defaults to all of them where kernels keep
-    logits on the chip, else to about 64 MiB of fp32 logits, on a CPU to 512 tokens at most.
+    logits on the chip, else to about 64 MiB of fp32 logits, on a CPU to 256 tokens at most.
     """
     if chunk_tokens is None and ops.has_kernel("logit_statistics", x, weight_vD, labels_BS):
         whole = x, weight_vD, labels_BS, axis, vocab_size, sequence_parallel

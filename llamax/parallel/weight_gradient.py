@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -28,6 +28,7 @@ from torch.autograd.graph import Node
 from torch.nn import Parameter
 
 from llamax import ops
+from llamax.config.constants import GRADIENT_BLOCK_BYTES
 
 # What the backward that is running does with the gradient of a weight.
 Use = Literal["accumulated", "returned", "unused"]
@@ -40,10 +41,16 @@ _postponed: ContextVar[Additions | None] = ContextVar("postponed", default=None)
 
 @dataclass(frozen=True)
 class GradientSum:
-    """Where the gradient of ``weight`` is summed: in ``total``, or if None in ``weight.grad``."""
+    """Where the gradient of ``weight`` is summed: in ``total``, or if None in ``weight.grad``.
+
+    Without a total, rows that were looked up are summed in ``blocks`` of the weight's rows, end to
+    end.  The gradient of an embedding comes last in backward, when the memory of activations is
+    free but in pieces: none takes it whole, and the heap would grow by it.
+    """
 
     weight: Parameter
     total: Tensor | None
+    blocks: list[Tensor] = field(default_factory=list)
 
     def use(self, node: Node) -> Use:
         """Accumulated: a product may add to it.  Returned: a hook or a caller wants the gradient.
@@ -72,10 +79,38 @@ class GradientSum:
     @torch.no_grad()
     def add_rows(self, dy: Tensor, ids: Tensor) -> None:
         """Add the gradient of ``ops.embedding(ids, weight)``: [..., D], integers [...]."""
-        total = self.weight.grad if self.total is None else self.total
-        if total is None:
-            total = self.weight.grad = torch.zeros_like(self.weight)
-        total.index_add_(0, ids.flatten(), dy.flatten(0, -2).to(total.dtype))
+        ids, rows = ids.flatten(), dy.flatten(0, -2)
+        if self.total is not None:
+            self.total.index_add_(0, ids, rows.to(self.total.dtype))
+            return
+        if not self.blocks:
+            size = max(1, GRADIENT_BLOCK_BYTES // self.weight[0].nbytes)
+            self.blocks.extend(torch.zeros_like(part) for part in self.weight.split(size))
+        first = 0
+        for block in self.blocks:
+            here = (ids >= first) & (ids < first + len(block))
+            block.index_add_(0, ids[here] - first, rows[here])
+            first += len(block)
+
+    @torch.no_grad()
+    def parts(self) -> list[Tensor]:
+        """What is summed without a total, as flat vectors, end to end; empty if there is nothing.
+
+        Valid until more is added.
+        """
+        grad = self.weight.grad
+        if not self.blocks:
+            return [] if grad is None else [grad.reshape(-1)]
+        if grad is not None:
+            for block, more in zip(self.blocks, grad.split(len(self.blocks[0])), strict=True):
+                block.add_(more)
+            self.weight.grad = None
+        return [block.view(-1) for block in self.blocks]
+
+    def clear(self) -> None:
+        """Drop what is summed without a total."""
+        self.weight.grad = None
+        self.blocks.clear()
 
 
 @contextmanager

@@ -11,11 +11,11 @@ Between steps a rank holds its state.  A microstep fills and empties the rest::
 
 The peak is at one of four moments: forward has just ended and the loss is computed; the last layer
 goes backward while the activations of all others wait; the first layer goes backward, when all
-gradients exist; the optimizer step, when the reduced gradients wait for their norm.  The start is
-below: weights are made in the runs that a rank keeps.  The terms follow the modules that they count
-(optim/zero.py, model/recompute.py, parallel/cross_entropy.py, ops.py) and are exact where
-operations run one by one.  A graph compiler may fuse or reorder; ``reserve`` is an allowance for
-what is not counted.
+gradients but the embedding's exist; the optimizer step, when the reduced gradients wait for their
+norm.  The start is below: weights are made in the runs that a rank keeps.  The terms follow the
+modules that they count (optim/zero.py, model/recompute.py, parallel/cross_entropy.py, ops.py) and
+are exact where operations run one by one.  A graph compiler may fuse or reorder; ``reserve`` is an
+allowance for what is not counted.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ from llamax.tools.plan.state import (
     gradients,
     gradients_of,
     in_flight,
+    most_gradients,
     on_host,
     state,
     summed_run,
@@ -127,7 +128,7 @@ def memory(share: Share, machine: Machine) -> Memory:
     ]
     activations, last_layer = kept(share, machine, mode), last_kept(share, machine, mode)
     working, all_gradients = backward(share, machine, mode), gradients(share)
-    early = early_gradients(share, machine)
+    early, most = early_gradients(share, machine), most_gradients(share, machine)
     first = share.head_weights if share.projects and not share.tuned else 0
     head = gradients_of(first, "the head's, which come first")
     moments = {
@@ -139,7 +140,7 @@ def memory(share: Share, machine: Machine) -> Memory:
             in_flight(share, machine),
         ],
         "the first layer goes backward": [
-            all_gradients,
+            most,
             last_layer,
             working,
             in_flight(share, machine),
@@ -327,7 +328,8 @@ def loss(share: Share, machine: Machine) -> Line:
     D, width, T, v = share.model.hidden_size, share.width, share.tokens, share.vocabulary
     t = min(loss_chunk_tokens(v, on_cpu=machine.backend == "cpu"), T)
     widened = not machine.bfloat16_products and width < 4
-    hidden = (share.tokens_between + T) * D * width + (T * D * width if share.sequence else 0)
+    gathered = share.sequence and machine.backend == "xla"  # elsewhere the gradient's place
+    hidden = (share.tokens_between + T + T * gathered) * D * width
     logits = 4 * t * v
     if widened:  # products in float32: copies of the weight and of the chunk
         products = 4 * v * D + 2 * 4 * t * D

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from llamax.config.constants import (
     GRADIENT_BYTES,
     MASTER_BYTES,
@@ -192,6 +194,22 @@ def early_gradients(share: Share, machine: Machine) -> Line:
     return gradients_of(
         sum(group.elements for group in share.padded_groups if stay or group.summed),
         "summed in float32" if stay else "summed over tensor ranks",
+    )
+
+
+def most_gradients(share: Share, machine: Machine) -> Line:
+    """The gradients that exist when the first layer has gone backward: the embedding's comes last.
+
+    Where gradients lie in flat vectors, all of them.
+    """
+    every, alone = gradients(share), share.embeds and not share.model.tie_word_embeddings
+    if share.tuned or not alone or early_gradients(share, machine).value == every.value:
+        return every
+    embedding = GRADIENT_BYTES * share.head_weights
+    return replace(
+        every,
+        value=every.value - embedding,
+        formula=f"{every.formula}, without {show_bytes(embedding)} of the embedding, the last",
     )
 
 

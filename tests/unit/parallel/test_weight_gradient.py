@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from llamax.config.schema import OptimConfig
 from llamax.model.llama import Llama
 from llamax.optim import Zero
+from llamax.parallel import weight_gradient
 from llamax.parallel.collectives import Axes
 from llamax.parallel.weight_gradient import Additions, postponing
 
@@ -159,3 +161,57 @@ def test_the_embedding_adds_rows(dtype: torch.dtype) -> None:
     (returned,) = torch.autograd.grad(rows.sum(), [model.get_parameter(EMBEDDING)])
     assert returned.float().sum() == ids.numel() * TINY.hidden_size
     assert torch.equal(summed(model, optimizer)[EMBEDDING], before)
+
+
+@pytest.fixture
+def three_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedding's gradient in three blocks of rows, the last one short."""
+    rows = -(-TINY.vocab_size // 3) + 1
+    monkeypatch.setattr(weight_gradient, "GRADIENT_BLOCK_BYTES", 4 * TINY.hidden_size * rows)
+
+
+@pytest.mark.usefixtures("three_blocks")
+def test_the_gradient_of_an_embedding_lies_in_blocks() -> None:
+    """Nothing of the whole gradient's size is made; its bits are those of torch's own gradient."""
+    (model, optimizer), whole = optimized(), Llama(TINY).init(0)
+    total = model.model.embed_tokens.gradient_sum
+    for each in (model, whole):
+        each.model.embed_tokens(IDS % 31).square().sum().backward()
+    assert model.get_parameter(EMBEDDING).grad is None
+    sizes = [part.nbytes for part in total.parts()]
+    assert len(sizes) == 3
+    assert max(sizes) <= weight_gradient.GRADIENT_BLOCK_BYTES
+    assert torch.equal(summed(model, optimizer)[EMBEDDING], whole.get_parameter(EMBEDDING).grad)
+    optimizer.zero_grad()
+    assert not total.parts()
+
+
+@pytest.mark.usefixtures("three_blocks")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_blocks_of_an_embedding_are_updated_as_a_whole(tied: bool, hooked: bool) -> None:
+    """Over buckets that end within a block, also where autograd makes a part of the gradient."""
+    shape = replace(TINY, tie_word_embeddings=tied)
+    optim, one = OptimConfig(lr=0.1, max_grad_norm=0.0), torch.tensor(1.0)
+    weights = []
+    for block_bytes in (2**20, weight_gradient.GRADIENT_BLOCK_BYTES):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(weight_gradient, "GRADIENT_BLOCK_BYTES", block_bytes)
+            model = Llama(shape).init(0)
+            optimizer = Zero(
+                model.sharded_parameters(),
+                optim,
+                Axes.solo(),
+                sequence_parallel=False,
+                bucket_bytes=1000,
+            )
+            first, second = losses(model)
+            first.backward()
+            if hooked:
+                model.get_parameter(EMBEDDING).register_hook(lambda gradient: 2 * gradient)
+            second.backward()
+            optimizer.step(torch.tensor(0.1), one, one)
+            assert model.get_parameter(EMBEDDING).grad is None
+            weights.append({name: x.clone() for name, x in model.state_dict().items()})
+    for name, expected in weights[0].items():
+        assert torch.equal(weights[1][name], expected), name
