@@ -128,7 +128,7 @@ def race(
     expected = own.answer(prompts, True)
     for each in others:
         texts = [
-            [special.get(i) or tokenizer.decode([i]) for i in ids]
+            [special.get(i) or tokenizer.token_bytes(i).decode(errors="replace") for i in ids]
             for ids in each.answer(prompts, True)
         ]
         same = [a == b for a, b in zip(expected, texts, strict=True)]

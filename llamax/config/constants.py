@@ -11,7 +11,6 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # one element, by run
 GRADIENT_BYTES = 4  # the sum over microsteps, which ranks reduce
 MASTER_BYTES = 4  # the copy of a narrower weight that AdamW updates
 MOMENTS_BYTES = 8  # AdamW's two moments
-GRADIENT_BLOCK_BYTES = 4 * 2**20  # of an embedding on a CPU: fits where an activation was
 STATE_BLOCK = 256  # numbers of a moment in 8 bits that share a largest magnitude
 STATE_LEAST_ELEMENTS = 4096  # of a tensor, for moments in 8 bits
 NORM_WEIGHT_BYTES = 4  # the weight in the gradient norm, where it differs between elements
@@ -22,7 +21,6 @@ MADE_AGAIN_BYTES = 2**18  # a smaller one is kept: the calls would take longer t
 # Cross-entropy (llamax.parallel.cross_entropy): float32 logits are computed in chunks of tokens.
 LOSS_CHUNK_BYTES = 64 * 2**20
 LOSS_CHUNK_TOKENS = 256  # at most, on a CPU: the logits lie in memory at the peak of a step
-LOSS_PRODUCT_ROWS = 1024  # of the vocabulary at once, on a CPU: MKL keeps a copy of what it packs
 LOSS_CHUNK_MULTIPLE = 128  # tokens: the tile of a matrix product, so that no chunk has a rest
 
 # Attention (kernels/attention): op.py on a CPU; nki_op.py and nki_kernel.py on a NeuronCore.

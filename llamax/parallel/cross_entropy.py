@@ -27,12 +27,13 @@ from torch.autograd.function import once_differentiable
 
 from llamax import ops
 from llamax.config.choices import EAGER_BACKENDS
-from llamax.config.constants import LOSS_PRODUCT_ROWS, loss_chunk_tokens
+from llamax.config.constants import loss_chunk_tokens
 from llamax.ops import IGNORE_INDEX
 from llamax.parallel import regions
 from llamax.parallel.collectives import Axis
 from llamax.parallel.tensor_parallel import local_ids
 
+PRODUCT_ROWS = 1024  # of the vocabulary at once, on a CPU: MKL keeps a copy of what it packs
 LOSS_GAIN = 256.0  # a label's gradient, at most 1, stays far below the largest float16
 
 
@@ -72,8 +73,8 @@ class _VocabParallelLoss(torch.autograd.Function):
                 logits_tv = torch.mm(x_tD, multiplied.T).float()
             else:
                 logits_tv = logits[: len(x_tD)]
-                for part in range(0, rows, LOSS_PRODUCT_ROWS):
-                    some = slice(part, part + LOSS_PRODUCT_ROWS)
+                for part in range(0, rows, PRODUCT_ROWS):
+                    some = slice(part, part + PRODUCT_ROWS)
                     torch.mm(x_tD, multiplied[some].T, out=logits_tv[:, some])
             if padding is not None:
                 logits_tv.masked_fill_(padding, torch.full((), -torch.inf, device=x.device))

@@ -28,7 +28,8 @@ from torch.autograd.graph import Node
 from torch.nn import Parameter
 
 from llamax import ops
-from llamax.config.constants import GRADIENT_BLOCK_BYTES
+
+BLOCK_BYTES = 4 * 2**20  # of an embedding's gradient: fits where an activation was
 
 # What the backward that is running does with the gradient of a weight.
 Use = Literal["accumulated", "returned", "unused"]
@@ -84,7 +85,7 @@ class GradientSum:
             self.total.index_add_(0, ids, rows.to(self.total.dtype))
             return
         if not self.blocks:
-            size = max(1, GRADIENT_BLOCK_BYTES // self.weight[0].nbytes)
+            size = max(1, BLOCK_BYTES // self.weight[0].nbytes)
             self.blocks.extend(torch.zeros_like(part) for part in self.weight.split(size))
         first = 0
         for block in self.blocks:

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import constants
 
 from llamax.config.schema import OptimConfig
-from llamax.data.prepare.hub_dataset import _configs, _kept, _splits_of
+from llamax.data.prepare.hub_dataset import _configs, _splits_of, made_from
 from llamax.optim.loss_scale import LossScale, LossScaleState
 from llamax.optim.spikes import SpikeFilter
 from llamax.runtime.errors import LlamaxError
@@ -54,7 +54,7 @@ def read_hub(folder: Path) -> None:
             for name, paths in _splits_of(NAME, config["data_files"], FILES).items():
                 assert isinstance(name, str)
                 assert set(paths) <= set(FILES)
-    assert all(isinstance(name, str) for name in _kept(folder))
+    assert all(isinstance(name, str) for name in made_from(folder))
     datasets_of(str(folder), folder)
     before, constants.HF_HUB_CACHE = constants.HF_HUB_CACHE, str(folder)
     try:

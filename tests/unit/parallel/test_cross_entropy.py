@@ -23,7 +23,7 @@ def test_logits_are_products_with_some_rows_at_a_time(monkeypatch: pytest.Monkey
 
     found = []
     for rows in (500, 64):
-        monkeypatch.setattr(cross_entropy, "LOSS_PRODUCT_ROWS", rows)
+        monkeypatch.setattr(cross_entropy, "PRODUCT_ROWS", rows)
         leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
         with monkeypatch.context() as patch:
             patch.setattr(torch, "mm", counted)

@@ -167,7 +167,7 @@ def test_the_embedding_adds_rows(dtype: torch.dtype) -> None:
 def three_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedding's gradient in three blocks of rows, the last one short."""
     rows = -(-TINY.vocab_size // 3) + 1
-    monkeypatch.setattr(weight_gradient, "GRADIENT_BLOCK_BYTES", 4 * TINY.hidden_size * rows)
+    monkeypatch.setattr(weight_gradient, "BLOCK_BYTES", 4 * TINY.hidden_size * rows)
 
 
 @pytest.mark.usefixtures("three_blocks")
@@ -180,7 +180,7 @@ def test_the_gradient_of_an_embedding_lies_in_blocks() -> None:
     assert model.get_parameter(EMBEDDING).grad is None
     sizes = [part.nbytes for part in total.parts()]
     assert len(sizes) == 3
-    assert max(sizes) <= weight_gradient.GRADIENT_BLOCK_BYTES
+    assert max(sizes) <= weight_gradient.BLOCK_BYTES
     assert torch.equal(summed(model, optimizer)[EMBEDDING], whole.get_parameter(EMBEDDING).grad)
     optimizer.zero_grad()
     assert not total.parts()
@@ -194,9 +194,9 @@ def test_blocks_of_an_embedding_are_updated_as_a_whole(tied: bool, hooked: bool)
     shape = replace(TINY, tie_word_embeddings=tied)
     optim, one = OptimConfig(lr=0.1, max_grad_norm=0.0), torch.tensor(1.0)
     weights = []
-    for block_bytes in (2**20, weight_gradient.GRADIENT_BLOCK_BYTES):
+    for block_bytes in (2**20, weight_gradient.BLOCK_BYTES):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(weight_gradient, "GRADIENT_BLOCK_BYTES", block_bytes)
+            patch.setattr(weight_gradient, "BLOCK_BYTES", block_bytes)
             model = Llama(shape).init(0)
             optimizer = Zero(
                 model.sharded_parameters(),
