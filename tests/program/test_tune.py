@@ -109,7 +109,7 @@ def test_the_loss_of_qlora_is_close_to_that_of_lora(inputs: Path, tmp_path: Path
 def test_adapters_are_served_beside_the_base_of_their_training(
     inputs: Path, tmp_path: Path, quant: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each row as the run computes it alone; that the base is quantised for all is said."""
+    """Each row is as the run computes it alone; a warning says that the base is quantised."""
     finetune = dataclasses.replace(QLORA, quant=quant) if quant else LORA  # type: ignore[arg-type]
     train(tuning(inputs, tmp_path / "run", finetune), Rendezvous())
     caplog.clear()

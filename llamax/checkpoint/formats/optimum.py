@@ -84,12 +84,12 @@ def find_shards(folder: Path, step: int | None = None) -> Path:
     """
     own = folder / SHARDS if (folder / SHARDS).is_dir() else folder
     steps = checkpoints_in(folder)
-    if step is not None and own.parent.name == f"checkpoint-{step}":
-        return own
-    if step is not None and step not in steps:
-        names = ", ".join(f"checkpoint-{number}" for number in sorted(steps)) or "none"
-        raise CheckpointError(f"{folder} has no checkpoint-{step}; its checkpoints are {names}")
     if step is not None:
+        if own.parent.name == f"checkpoint-{step}":
+            return own
+        if step not in steps:
+            names = ", ".join(f"checkpoint-{number}" for number in sorted(steps)) or "none"
+            raise CheckpointError(f"{folder} has no checkpoint-{step}; its checkpoints are {names}")
         return steps[step]
     if own != folder or not steps:
         return own

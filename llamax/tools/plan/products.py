@@ -9,7 +9,7 @@ from __future__ import annotations
 from llamax.config.hardware import Machine
 from llamax.tools.plan.context import pairs
 from llamax.tools.plan.memory import plain_attention
-from llamax.tools.plan.sizes import Share, whole_tiles
+from llamax.tools.plan.sizes import Share, rounded_up
 
 
 def forward_flops(share: Share) -> tuple[float, float, float]:
@@ -60,8 +60,8 @@ def weight_flops(share: Share, machine: Machine, loss_apart: bool) -> tuple[floa
     adapters = 6.0 * share.tokens * share.adapters if tuned else 0.0
     rank = share.config.finetune.r
     whole = layers * filled(share, machine)
-    whole += head * whole_tiles(share.vocabulary, tile) / share.vocabulary
-    whole += adapters * whole_tiles(rank, tile) / rank
+    whole += head * rounded_up(share.vocabulary, tile) / share.vocabulary
+    whole += adapters * rounded_up(rank, tile) / rank
     return layers + head + adapters, whole
 
 

@@ -162,7 +162,7 @@ class Share:
     def layer_elements(self, tile: int = 1) -> int:
         """Elements of the matrices of one layer, each side a multiple of ``tile``."""
         sides = self.model.hidden_size, self.query, self.key, self.feed_forward
-        D, query, key, inner = (whole_tiles(side, tile) for side in sides)
+        D, query, key, inner = (rounded_up(side, tile) for side in sides)
         return D * (2 * query + 2 * key) + 3 * D * inner
 
     @cached_property
@@ -239,9 +239,7 @@ class Share:
     def padded_groups(self) -> list[Group]:
         """The groups of weights, each padded to a multiple of the owners."""
         ranks = self.owners
-        return [
-            group._replace(elements=-(-group.elements // ranks) * ranks) for group in self.groups
-        ]
+        return [group._replace(elements=rounded_up(group.elements, ranks)) for group in self.groups]
 
     @cached_property
     def padded_elements(self) -> int:
@@ -249,9 +247,9 @@ class Share:
         return sum(group.elements for group in self.padded_groups)
 
 
-def whole_tiles(side: int, tile: int) -> int:
-    """The next multiple of ``tile`` from ``side`` on."""
-    return -(-side // tile) * tile
+def rounded_up(number: int, unit: int) -> int:
+    """The least multiple of ``unit`` that is not below ``number``."""
+    return -(-number // unit) * unit
 
 
 def stages_of(run: ResolvedRun) -> list[tuple[Share, int]]:
