@@ -19,7 +19,7 @@ from llamax.checkpoint.plain_llama import MODEL_CLASS
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.save import Saver
 from llamax.config.constants import CHECKPOINTS_FOLDER, CONFIG_FILE, METRICS_FILE
-from llamax.config.data_path import RANDOM
+from llamax.config.data_path import RANDOM, datasets_in
 from llamax.config.flops import flops_per_token
 from llamax.config.load import dump_config
 from llamax.config.schema import Config, FinetuneConfig
@@ -299,7 +299,7 @@ def _begins_otherwise(job: Job) -> Iterator[str]:
     """A line where prompts will not begin as the documents of training do."""
     config, dataset = job.config, job.dataset
     begins, prompted = dataset.train.header.bos_id, config.model.bos_token_id
-    if config.data.path == RANDOM:
+    if RANDOM in datasets_in(config.data.path):
         return
     use = f"set model.bos_token_id={'none' if begins is None else begins}"
     if dataset.tokenizer_path is not None:

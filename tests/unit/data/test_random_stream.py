@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.tiny_run import config, log_of
+from support.tiny_run import config, log_of, make_dataset
 
 from llamax.data.dataset import Dataset, open_dataset
 from llamax.data.random_stream import RandomStream
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.train import train
+
+
+@pytest.fixture(autouse=True)
+def propagates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("llamax"), "propagate", True)
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING]
 
 
 def test_every_rank_makes_the_same_tokens() -> None:
@@ -74,11 +84,23 @@ def test_training_takes_them_and_continues(
     for name, steps in (("whole", (4,)), ("stopped", (2, 4))):
         cfg = config(Path("random"), tmp_path / name)
         for last in steps:
+            model = replace(cfg.model, bos_token_id=1)
             run = replace(cfg.run, steps=last, validate_every=2)
-            train(replace(cfg, run=run), Rendezvous())
+            train(replace(cfg, model=model, run=run), Rendezvous())
         runs[name] = log_of(tmp_path / name)
     assert [each["loss"] for each in runs["stopped"]] == [each["loss"] for each in runs["whole"]]
     guessing = np.log(cfg.model.vocab_size)
     assert all(abs(each["loss"] - guessing) < 0.1 * guessing for each in runs["whole"])
     assert "validation_loss" in runs["whole"][1]
-    assert caplog.text == ""
+    assert warnings(caplog) == []
+
+
+def test_nothing_is_said_of_how_documents_of_a_blend_with_them_begin(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "data").mkdir()
+    data = make_dataset(tmp_path / "data")
+    cfg = config(Path(f"0.5 random 0.5 {data}"), tmp_path / "run")
+    model, run = replace(cfg.model, bos_token_id=1), replace(cfg.run, steps=1, validate_every=1)
+    train(replace(cfg, model=model, run=run), Rendezvous())
+    assert warnings(caplog) == []
