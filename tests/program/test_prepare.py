@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -68,14 +69,41 @@ def test_workers_and_formats_change_no_byte(
     made = {}
     for name, size in (("rows.jsonl", 2**22), ("rows.jsonl", 50_000), ("packed.jsonl.gz", 2**22)):
         monkeypatch.setattr(file_kinds, "CHUNK_BYTES", size)
-        for workers in (1, 2):
-            out = tmp_path / f"{name}-{size}-{workers}"
+        for workers, alone_s in ((1, 0.0), (2, 0.0), (2, math.inf)):
+            monkeypatch.setattr(chunks, "ALONE_S", alone_s)
+            out = tmp_path / f"{name}-{size}-{workers}-{alone_s}"
             made[out] = run(out, tmp_path / name, "--key", "body", "--tokenizer", tokenizer,
                             "--workers", workers, "--validation", "0.2")  # fmt: skip
     first, *others = made.values()
     for other in others:
         assert other["train.tokens"] == first["train.tokens"]
         assert other["validation.tokens"] == first["validation.tokens"]
+
+
+@pytest.mark.parametrize(
+    ("alone_s", "alone_bytes", "forks"), [(math.inf, 2**22, 0), (0.0, 2**22, 2), (math.inf, 1, 2)]
+)
+def test_workers_begin_where_the_work_is_worth_it(
+    alone_s: float,
+    alone_bytes: int,
+    forks: int,
+    text: Path,
+    tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fork, forked = os.fork, []
+
+    def counted() -> int:
+        forked.append(1)
+        return fork()
+
+    monkeypatch.setattr(os, "fork", counted)
+    monkeypatch.setattr(file_kinds, "CHUNK_BYTES", 30_000)
+    monkeypatch.setattr(chunks, "ALONE_S", alone_s)
+    monkeypatch.setattr(chunks, "ALONE_BYTES", alone_bytes)
+    run(tmp_path / "out", text, "--glob", "*.py", "--tokenizer", tokenizer, "--workers", 2)
+    assert len(forked) == forks
 
 
 def test_a_byte_order_mark_is_no_text(tokenizer: Path, tmp_path: Path) -> None:

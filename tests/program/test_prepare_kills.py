@@ -40,8 +40,18 @@ def make_part(*args):  # and rest, so that a busy machine sees the program at wo
     time.sleep(float(os.environ["REST_S"]))
 
 real, chunks.make_part, file_kinds.CHUNK_BYTES = chunks.make_part, make_part, 30_000
+chunks.ALONE_S = 0  # workers from the first part on
 if __name__ == "__main__":
     sys.exit(prepare.main(sys.argv[1:]))
+"""
+AT_ONCE = """
+from llamax.cli import prepare
+from llamax.data.prepare import chunks
+from llamax.runtime.process import run_main
+
+chunks.ALONE_S = 0  # workers from the first part on
+if __name__ == "__main__":
+    raise SystemExit(run_main(prepare.main))
 """
 STOPS = """
 import signal
@@ -49,6 +59,7 @@ from llamax.cli import prepare
 from llamax.data.prepare import chunks
 from llamax.runtime.process import run_main
 
+chunks.ALONE_S = 0  # workers from the first part on
 chunks.make_part = lambda *args: signal.pause()  # a worker is there until it is killed
 if __name__ == "__main__":
     raise SystemExit(run_main(prepare.main))
@@ -113,7 +124,8 @@ def test_ctrl_c_is_one_line(tokenizer: Path, tmp_path: Path) -> None:
     for name in "abcd":  # a chunk each
         (tmp_path / f"{name}.txt").write_text("\n".join(map(hex, range(300_000))))  # slow
     texts = map(str, tmp_path.glob("*.txt"))
-    command = [sys.executable, "-m", "llamax", "prepare", *texts, "--tokenizer", str(tokenizer),
+    (runner := tmp_path / "program.py").write_text(AT_ONCE)
+    command = [sys.executable, str(runner), *texts, "--tokenizer", str(tokenizer),
                "--out", str(tmp_path / "out"), "--workers", "2"]  # fmt: skip
     program = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, text=True)
     workers: list[int] = []

@@ -12,13 +12,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import multiprocessing
 import signal
 import sys
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -38,6 +36,8 @@ from llamax.runtime.files import show_free, write_atomic
 from llamax.runtime.json_reader import read_object
 
 COPIED = 2**20  # tokens copied at once
+# The work that this process does before it starts others: each costs a twentieth of a second.
+ALONE_S, ALONE_BYTES = 0.5, 2**22  # in processor seconds; in chunks of at most so many bytes
 SPLITS = ("train", "validation", "test")
 
 
@@ -88,6 +88,9 @@ class Settings(Protocol):
 
     def encode(self, chunk: Any, tokenizer: Tokenizer) -> Iterator[Encoded]:
         """The documents of a chunk, some at a time."""
+
+
+Job = tuple[Path, str, Chunk, Settings]  # folder and name of a part, and what it is made of
 
 
 def part_name(number: int, *values: object) -> str:
@@ -189,51 +192,69 @@ def make_parts(
     workers: int,
     began: float | None = None,
 ) -> list[Path]:
-    """Make all parts with ``workers`` processes; their paths, without ``.SPLIT.tokens``, in order.
+    """Make all parts; their paths, without ``.SPLIT.tokens``, in order.
 
-    Shows its progress; ``began``: when the program did, on time.perf_counter.  Raises DataError for
-    a mistake in a chunk, a full disk or a worker that died.
+    This process makes those of the first ALONE_S, and ``workers`` others the rest; it makes all
+    where ``workers`` is 1.  Shows its progress; ``began``: when the program did, on
+    time.perf_counter.  Raises DataError for a mistake in a chunk, a full disk or a worker that
+    died.
     """
     jobs = [(folder, settings.name(i, chunk), chunk, settings) for i, chunk in enumerate(chunks)]
-    sizes = [chunk.size for chunk in chunks]
     parts = [folder / name for _, name, *_ in jobs]
-    with Progress(sum(sizes), chunks[0].unit, len(jobs), began) as progress:
-        if workers == 1 or len(jobs) == 1:
-            for size, job in zip(sizes, jobs, strict=True):
-                make_part(*job, tokenizer, progress.count)
-                progress.finish(size)
-            return parts
-        # A fork shares the engines that this process has loaded; they have no threads.
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        progress.share(context)
-        with ProcessPoolExecutor(
-            min(workers, len(jobs)), context, _start_worker, (progress.shared, tokenizer)
-        ) as pool:
-            try:
-                # Ctrl-C reaches every process of a terminal: workers ignore it, this one acts.
-                handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
-                try:
-                    futures: dict[Future[None], int] = {
-                        pool.submit(_make_part, *job): i for i, job in enumerate(jobs)
-                    }
-                finally:
-                    signal.signal(signal.SIGINT, handler)
-                for future in as_completed(futures):
-                    future.result()
-                    progress.finish(sizes[futures[future]])
-            except (BrokenProcessPool, BrokenPipeError, KeyboardInterrupt) as error:
-                # The pool does not end a worker that was still starting.
-                for child in multiprocessing.active_children():
-                    child.kill()
-                if isinstance(error, KeyboardInterrupt):
-                    raise
-                raise DataError(
-                    f"a worker of {workers} died, perhaps because memory ran out; do the same "
-                    "again with fewer `workers`: finished parts are kept"
-                ) from None
-            finally:
-                pool.shutdown(cancel_futures=True)
+    with Progress(
+        sum(chunk.size for chunk in chunks), chunks[0].unit, len(jobs), began
+    ) as progress:
+        left, start_s = deque(jobs), time.process_time()
+        while left and (
+            min(workers, len(left)) == 1
+            or (left[0][2].size_bytes <= ALONE_BYTES and time.process_time() - start_s < ALONE_S)
+        ):
+            job = left.popleft()
+            make_part(*job, tokenizer, progress.count)
+            progress.finish(job[2].size)
+        if left:
+            _make_in_pool(left, tokenizer, workers, progress)
     return parts
+
+
+def _make_in_pool(
+    jobs: Sequence[Job], tokenizer: Tokenizer, workers: int, progress: Progress
+) -> None:
+    """Make parts with other processes; errors as in ``make_parts``."""
+    import multiprocessing
+    from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+    from concurrent.futures.process import BrokenProcessPool
+
+    # A fork shares the engines that this process has loaded; they have no threads.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    progress.share(context)
+    with ProcessPoolExecutor(
+        min(workers, len(jobs)), context, _start_worker, (progress.shared, tokenizer)
+    ) as pool:
+        try:
+            # Ctrl-C reaches every process of a terminal: workers ignore it, this one acts.
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
+            try:
+                futures: dict[Future[None], int] = {
+                    pool.submit(_make_part, *job): job[2].size for job in jobs
+                }
+            finally:
+                signal.signal(signal.SIGINT, handler)
+            for future in as_completed(futures):
+                future.result()
+                progress.finish(futures[future])
+        except (BrokenProcessPool, BrokenPipeError, KeyboardInterrupt) as error:
+            # The pool does not end a worker that was still starting.
+            for child in multiprocessing.active_children():
+                child.kill()
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            raise DataError(
+                f"a worker of {workers} died, perhaps because memory ran out; do the same "
+                "again with fewer `workers`: finished parts are kept"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def join_parts(parts: Sequence[Path], split: str, out: Path) -> TokenFile | None:

@@ -7,12 +7,14 @@ seen to go on.
 from __future__ import annotations
 
 import time
-from multiprocessing.context import BaseContext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llamax.runtime import progress
 from llamax.runtime.process import leave_with_parent
 from llamax.runtime.units import count
+
+if TYPE_CHECKING:
+    from multiprocessing.context import BaseContext
 
 _shared: Any = None  # in a worker: the number of tokens that all of them made
 
