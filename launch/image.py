@@ -68,7 +68,7 @@ RUN printf 'StrictHostKeyChecking no\\nUserKnownHostsFile /dev/null\\nLogLevel E
 # missing is installed at the versions and hashes of uv.lock, and nothing else is downloaded
 COPY . /opt/llamax
 RUN cd /opt/llamax && pip="python3 -m pip install --no-cache-dir" \\
-    && extras=cache,hub,parquet,serve,tensorboard \\
+    && extras=cache,hub,parquet,serve,tensorboard,zstd \\
     && locked="--no-deps --require-hashes --only-binary :all:" \\
     && python3 launch/image_pins.py >/tmp/needed.txt \\
     && python3 launch/image_pins.py setuptools >/tmp/build.txt \\

@@ -28,7 +28,8 @@ def parser() -> Parser:
         "inputs",
         nargs="+",
         help="text files, rows as JSONL, JSON, CSV, TSV, Parquet or Arrow, or folders of them, "
-        "also of save_to_disk; or hf://datasets/org/name on the Hub",
+        "also of save_to_disk; packed as .gz, .bz2, .xz or .zst too; "
+        "or hf://datasets/org/name on the Hub",
     )
     p.add_argument("--out", required=True, help="dataset folder to make")
     which = p.add_mutually_exclusive_group(required=True)

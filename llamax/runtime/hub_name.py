@@ -27,7 +27,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 # First parts of a page's address on the Hub, which no owner of a repository can have.
 RESERVED = {"models", "datasets", "spaces", "kernels", "buckets", "api", "docs"}
 FILES = re.compile(  # names of files: of a mistyped path, not of a repository
-    r".+\.(jsonl?|csv|tsv|parquet|arrow|txt|gz|zst|model|tiktoken|toml|bin|idx|safetensors|py|md)"
+    r".+\.(jsonl?|csv|tsv|parquet|arrow|txt|gz|bz2|xz|zst|model|tiktoken|toml|bin|idx|safetensors|py|md)"
 )
 _PART = r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
 _REPO = rf"({_PART}/{_PART})"

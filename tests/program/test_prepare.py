@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from support.corpora import python_sources
 from support.instruction import llama2_tokenizer
+from support.packed import PACK
 from support.prepared import documents, run, text_folder
 
 from llamax.cli.prepare import main
@@ -64,10 +65,13 @@ def test_workers_and_formats_change_no_byte(
 ) -> None:
     rows = [json.dumps({"body": source}) for source in python_sources(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n\n", encoding="utf-8")
-    with gzip.open(tmp_path / "packed.jsonl.gz", "wt", encoding="utf-8") as file:
-        file.write("\n".join(rows))
+    for ending, pack in PACK.items():
+        parts = ["\n".join(rows[:9]) + "\n", "\n".join(rows[9:])]
+        whole = b"".join(pack(part.encode()) for part in parts)
+        (tmp_path / f"packed.jsonl{ending}").write_bytes(whole)
     made = {}
-    for name, size in (("rows.jsonl", 2**22), ("rows.jsonl", 50_000), ("packed.jsonl.gz", 2**22)):
+    inputs = [("rows.jsonl", 2**22), ("rows.jsonl", 50_000)]
+    for name, size in (*inputs, *((f"packed.jsonl{ending}", 50_000) for ending in PACK)):
         monkeypatch.setattr(file_kinds, "CHUNK_BYTES", size)
         for workers, alone_s in ((1, 0.0), (2, 0.0), (2, math.inf)):
             monkeypatch.setattr(chunks, "ALONE_S", alone_s)
@@ -191,6 +195,8 @@ ROW = json.dumps({"text": "fine"}) + "\n"
         ("a.jsonl", ROW.encode() + b"\xc3(\n", r"a\.jsonl: byte 17 is not UTF-8"),
         ("a.txt.gz", b"not packed", r"a\.txt\.gz: cannot be read"),
         ("a.txt.gz", gzip.compress(b"x" * 9000, mtime=0)[:-9], r"a\.txt\.gz: cannot be read"),
+        ("a.txt.zst", b"not packed", r"a\.txt\.zst: cannot be read"),
+        ("a.jsonl.zst", PACK[".zst"](ROW.encode() * 900)[:-9], r"a\.jsonl\.zst: cannot be read"),
         (
             "a.jsonl.gz",
             gzip.compress(ROW.encode() + b"{", mtime=0),

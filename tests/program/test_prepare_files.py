@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 import re
 from itertools import pairwise
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.instruction import ROWS, llama2_tokenizer, prepare
+from support.packed import packed
 
 from llamax.cli.prepare import main
 from llamax.data.dataset import open_dataset
@@ -55,14 +55,15 @@ def write_table(path: Path, rows: list[dict[str, Any]] = TABLE) -> Path:
             writer.writeheader()
             writer.writerows(rows)
         text = path.read_text()
-    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    path.write_bytes(packed(name, text.encode()))
     return path
 
 
 @pytest.mark.parametrize(
     "name",
     ["a.jsonl", "a.json", "c4-train.00000-of-01024.json.gz", "PART.JSONL", "A.JSON.GZ", "a.ndjson",
-     "array.json", "array.JSON.gz", "a.csv", "B.TSV", "a.csv.gz", "a.parquet"],
+     "array.json", "array.JSON.gz", "a.csv", "B.TSV", "a.csv.gz", "a.parquet", "a.jsonl.zst",
+     "B.JSON.ZST", "array.json.xz", "a.ndjson.bz2", "a.csv.zst", "a.tsv.bz2", "A.CSV.XZ"],
 )  # fmt: skip
 def test_a_file_of_rows_is_rows_by_any_name(
     tokenizer: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
@@ -115,10 +116,10 @@ def test_a_table_without_text_is_refused(
 
 def test_packed_files_and_empty_tables_are_named(tokenizer: Path, tmp_path: Path) -> None:
     given = ("--tokenizer", tokenizer)
-    (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    (tmp_path / "a.tar.zst").write_bytes(b"\x28\xb5\x2f\xfd")
     for more in ((), ("--template", "dolly")):
-        with pytest.raises(DataError, match=r"zst: is packed \(\.zst\); unpack it, or pack its"):
-            prepare(tmp_path / "out", tmp_path / "a.jsonl.zst", *given, *more)
+        with pytest.raises(DataError, match=r"zst: is packed \(\.tar\.zst\); unpack it, or pack"):
+            prepare(tmp_path / "out", tmp_path / "a.tar.zst", *given, *more)
     (tmp_path / "a.csv").write_text("text,id\n")
     empty = r"a\.csv: holds no text, only tables that have no row or no column 'text': .*a\.csv"
     with pytest.raises(DataError, match=empty):

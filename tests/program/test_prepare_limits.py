@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import logging
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.instruction import llama2_tokenizer
+from support.packed import packed
 
 from llamax.cli.prepare import main
 from llamax.data.dataset import open_dataset
@@ -42,11 +42,11 @@ def write(path: Path, text: str) -> Path:
 
         parquet.write_table(Table.from_pylist([{"text": "short"}, {"text": text}]), path)
         return path
-    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    path.write_bytes(packed(name, text.encode()))
     return path
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "rows.json", "a.csv", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "rows.json", "a.csv", "a.parquet"])
 def test_a_row_above_the_limit_is_refused_in_one_line(
     tmp_path: Path, tokenizer: Path, name: str
 ) -> None:
@@ -62,7 +62,7 @@ def test_a_row_above_the_limit_is_refused_in_one_line(
     assert open_dataset(out).train.tokens[-len(expected) - 1 : -1].tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst"])
 def test_a_text_of_any_length_has_the_ids_of_the_whole(
     tmp_path: Path, tokenizer: Path, name: str
 ) -> None:
@@ -123,10 +123,11 @@ print(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_does_not_grow_with_a_text(tmp_path: Path, tokenizer: Path) -> None:
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_memory_does_not_grow_with_a_text(tmp_path: Path, tokenizer: Path, ending: str) -> None:
     peaks = []
     for megabytes in (5, 40):
-        path = write(tmp_path / f"{megabytes}.txt.gz", LONG * (10 * megabytes))
+        path = write(tmp_path / f"{megabytes}.txt{ending}", LONG * (10 * megabytes))
         out = tmp_path / str(megabytes)
         options = [str(path), "--tokenizer", str(tokenizer), "--out", str(out), "--workers", "1"]
         done = subprocess.run(

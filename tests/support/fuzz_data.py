@@ -29,6 +29,7 @@ from llamax.tools.inspect.description import describe, table
 from support import megatron, tiny_run
 from support.corpora import python_sources, train_unlike_llama
 from support.fuzzing import shown
+from support.packed import PACK
 
 ROWS = [
     {"instruction": f"Question {n}?", "context": "", "response": f"Answer {n}.", "text": "Text"}
@@ -188,7 +189,8 @@ def read_saved_dataset(folder: Path) -> None:
 def packed(folder: Path) -> None:
     texts = "".join(f"{json.dumps(row)}\n" for row in ROWS)
     (folder / "rows.jsonl.gz").write_bytes(gzip.compress(texts.encode()))
-    (folder / "a.txt.gz").write_bytes(gzip.compress(b"A text of some words.\n" * 50))
+    for name, pack in PACK.items():
+        (folder / f"a.txt{name}").write_bytes(pack(b"A text of some words.\n" * 50))
 
 
 def texts(folder: Path) -> None:

@@ -239,7 +239,7 @@ TARGETS = [
         {"**/*.json": J, "**/a.arrow": B},
         data.read_saved_dataset,
     ),
-    Target("packed files", data.packed, {"*.gz": B}, data.read_texts),
+    Target("packed files", data.packed, {"*.*": B}, data.read_texts),
     Target("texts", data.texts, {"a.txt": B}, data.read_texts),
     Target(
         "runs",

@@ -8,25 +8,24 @@ One place decides for text and for rows, and for every command::
     .arrow .ipc .feather        a table
     anything else               a text
 
-Names are read in any case, and ``.gz`` at their end is unpacked.
+Names are read in any case, and ``.gz``, ``.bz2``, ``.xz`` or ``.zst`` at their end is unpacked.
 """
 
 from __future__ import annotations
 
 import codecs
-import gzip
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from llamax.data.prepare.unpack import BLOCK_BYTES, UNPACK, check_decoder, open_packed
 from llamax.runtime.errors import DataError
 from llamax.runtime.units import show_bytes
 
 Row = dict[str, Any]
 CHUNK_BYTES = 2**20  # of a file that is cut, at least
-BLOCK_BYTES = 2**18  # read from a file at once
 MAX_DOCUMENT = 2**26  # bytes of a row, or of a text without a place to cut
 MARK = "\ufeff"  # byte order mark
 KINDS = {
@@ -41,24 +40,36 @@ KINDS = {
     ".ipc": "arrow",
     ".feather": "arrow",
 }
-PACKED = (".zst", ".xz", ".bz2", ".lz4", ".zip", ".7z", ".tar", ".tgz")
+UNPACKED = (".gz", *UNPACK)  # while a file is read
+REFUSED = (".lz4", ".zip", ".7z", ".rar", ".tar", ".tgz", ".tbz2", ".txz", ".tzst")
+
+
+def _name_in(path: Path) -> tuple[str, str]:
+    """A file's name in lower case without the ending of a packed one, and that ending, or none."""
+    name = path.name.lower()
+    ending = next(filter(name.endswith, UNPACKED), "")
+    return name.removesuffix(ending), ending
 
 
 def kind_of(path: Path) -> str:
     """The kind of table, by the file's name; empty if it is not a table."""
-    return KINDS.get(Path(path.name.lower().removesuffix(".gz")).suffix, "")
+    return KINDS.get(Path(_name_in(path)[0]).suffix, "")
 
 
 def refuse_packed(path: Path) -> None:
-    """Raise DataError for a file that is packed otherwise than as .gz."""
-    name = path.name.lower()
-    if name.endswith(PACKED) or name.endswith(".tar.gz"):
-        raise DataError(f"{path}: is packed ({path.suffix}); unpack it, or pack its files as .gz")
+    """Raise DataError for a file that is packed in a way that is not unpacked here."""
+    name, ending = _name_in(path)
+    if name.endswith(REFUSED):
+        raise DataError(
+            f"{path}: is packed ({Path(name).suffix}{ending}); unpack it, or pack its files as "
+            f"{', '.join(UNPACKED[:-1])} or {UNPACKED[-1]}"
+        )
+    check_decoder(path, ending)
 
 
 def is_packed(path: Path) -> bool:
     """Whether a file is to be unpacked while it is read."""
-    return path.name.lower().endswith(".gz")
+    return bool(_name_in(path)[1])
 
 
 def is_compressed(path: Path) -> bool:
@@ -71,8 +82,9 @@ def reading(path: str | Path) -> Iterator[IO[bytes]]:
     """Yield the bytes of a file, unpacked; DataError if they cannot be read inside the block."""
     path = Path(path)
     try:
-        with gzip.open(path) if is_packed(path) else path.open("rb") as file:
-            yield file  # type: ignore[misc]
+        ending = _name_in(path)[1]
+        with open_packed(path, ending) if ending else path.open("rb") as file:
+            yield file
     except (OSError, EOFError, zlib.error) as error:
         raise unreadable(str(path), error) from None
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from llamax.data.prepare.file_kinds import kind_of
+from llamax.data.prepare.file_kinds import is_packed, kind_of
 from llamax.data.prepare.saved_dataset import PURPOSES
 from llamax.runtime.errors import DataError
 from llamax.runtime.hub import Wanted, download, file_names, resolve
@@ -154,7 +154,8 @@ def _is_data(path: str, text: bool) -> bool:
     parts = path.split("/")
     if parts[-1] in IGNORED or any(part.startswith((".", "__")) for part in parts):
         return False
-    return bool(kind_of(Path(path))) or (text and Path(path).suffix in (".txt", ".gz"))
+    file = Path(path)
+    return bool(kind_of(file)) or (text and (file.suffix == ".txt" or is_packed(file)))
 
 
 def _from_card(name: HubName, files: Sequence[str]) -> dict[str, list[str]]:

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from llamax.data.prepare.file_kinds import (
-    BLOCK_BYTES,
     MAX_DOCUMENT,
     decoded,
     reading,
     too_long,
 )
+from llamax.data.prepare.unpack import BLOCK_BYTES
 from llamax.runtime.errors import DataError
 from llamax.runtime.json_reader import MAX_DEPTH, too_deep
 

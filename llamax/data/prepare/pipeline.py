@@ -111,8 +111,9 @@ def prepare(
     The same call resumes what a kill interrupted, and returns at once where it is done.
 
     Args:
-        inputs: Text or JSONL files, plain or .gz, or folders of them; with ``template`` JSONL,
-            JSON, CSV, TSV or Parquet files; or datasets on the Hub, hf://datasets/org/name.
+        inputs: Text or JSONL files, plain or packed (.gz, .bz2, .xz, .zst), or folders of them;
+            with ``template`` JSONL, JSON, CSV, TSV or Parquet files; or datasets on the Hub,
+            hf://datasets/org/name.
         out: Dataset folder to make.
         tokenizer: Tokenizer file, a folder with one, or org/name on the Hub.
         train_tokenizer: Instead: the number of pieces of a tokenizer to train on the inputs.
@@ -140,7 +141,8 @@ def prepare(
             reporting it.
         max_document: Bytes of the longest row, or of a text file between two places where the
             tokenizer allows a cut; longer ones are refused.  Text files are read in pieces, so
-            memory is at most 300 MB and 8 times this for each worker.
+            memory is at most 300 MB and 8 times this for each worker, and the window of a packed
+            file where that is large.
 
     Raises:
         DataError: For a parameter out of range, an input that is missing or damaged, a tokenizer

@@ -20,7 +20,6 @@ from typing import Any
 
 from llamax.data.prepare import file_kinds
 from llamax.data.prepare.file_kinds import (
-    BLOCK_BYTES,
     MAX_DOCUMENT,
     Row,
     decode,
@@ -37,6 +36,7 @@ from llamax.data.prepare.long_text import Text, read_text
 from llamax.data.prepare.row_range import RowRange
 from llamax.data.prepare.saved_dataset import files_by_purpose, is_saved
 from llamax.data.prepare.tables import has_row_per_line, read_rows, scan
+from llamax.data.prepare.unpack import BLOCK_BYTES
 from llamax.data.prepare.unread import count_names
 from llamax.runtime.errors import DataError
 from llamax.runtime.hub_name import hub_name
