@@ -17,6 +17,7 @@ from llamax.launch.forms import IMAGE, image_problem, inside
 from llamax.launch.jobfile import JobFile
 from llamax.runtime.address import problem
 from llamax.runtime.hub_name import hub_name
+from llamax.runtime.versions import installed
 
 NAME = re.compile(r"[A-Za-z0-9](-*[A-Za-z0-9])*")
 ROLE = re.compile(r"arn:aws[a-z-]*:iam::\d{12}:role/[\w+=,.@/-]{1,512}", re.ASCII)
@@ -76,6 +77,20 @@ def instance_type(job: JobFile) -> Iterator[str]:
             f"instance={job.instance!r}: {job.machine.name} is no instance type of AWS; name the "
             'table after the type, such as ["p5.4xlarge"]'
         )
+
+
+def sdk_problem(job: JobFile) -> str:
+    """Why the SageMaker SDK of this machine cannot start a job; empty if it can."""
+    wanted, found = sagemaker.sdk(job), installed("sagemaker")
+    package = "llamax[sagemaker]" if wanted == 2 else f"sagemaker>={wanted},<{wanted + 1}"
+    if found is None:
+        return f"the SageMaker SDK is not installed here; pip install '{package}'"
+    if found.split(".")[0] != str(wanted):
+        return (
+            f"the SageMaker SDK found is {found}, but the job is for version {wanted}; set "
+            f"sagemaker.sdk, or pip install '{package}'"
+        )
+    return ""
 
 
 def name(job: JobFile) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""``llamax doctor [--job job.toml]``: checks of this machine, and of a job on it.
+"""``llamax doctor [--job job.toml [--on LAUNCHER]]``: checks of this machine, and of a job on it.
 
 ::
 
@@ -22,13 +22,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
+from llamax.cli.launch import known_name
 from llamax.cli.options import Parser, folded
-from llamax.runtime.errors import ConfigError
+from llamax.runtime.errors import ConfigError, refuse
 from llamax.runtime.json_writer import to_json
 from llamax.runtime.process import run_main
 from llamax.runtime.text import print_text
 from llamax.runtime.units import count
-from llamax.tools.doctor import Finding, Host
+from llamax.tools.doctor import Finding, Host, launchers
 from llamax.tools.doctor.finding import Level
 
 NOT_READY = 8
@@ -65,6 +66,9 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--job", type=Path, help="the job file")
     parser.add_argument(
+        "--on", default="", metavar="LAUNCHER", help="what will start the job, as of llamax launch"
+    )
+    parser.add_argument(
         "--wait",
         type=float,
         default=0.0,
@@ -79,15 +83,23 @@ def main(argv: Sequence[str]) -> int:
     from llamax.launch.environment import variables
     from llamax.tools.doctor.doctor import examine
 
+    launcher = options.on
+    if launcher:
+        known_name("--on", launcher, launchers.LAUNCHERS)
+        if options.job is None:
+            raise ConfigError(f"--on {launcher} needs a job file; add --job job.toml")
     job = None
     if options.job:
         job = jobfile.load(options.job)
-        if wrong := problems(job, "", "train"):
-            raise ConfigError(f"{options.job}: {wrong[0]}")
+        wrong = problems(job, launcher, "train")
+        if wrong and not launcher and launchers.accepting(job) == ["sagemaker"]:
+            launcher, wrong = "sagemaker", []
+        refuse(wrong, str(options.job))
     counts = Counter[str]()
     sets = {each.name: each.value for each in variables(job)} if job else {}
     findings = []
-    for finding in examine(Host(environ={**os.environ, **sets}), job, options.wait):
+    host = Host(environ={**os.environ, **sets})
+    for finding in examine(host, job, options.wait, launcher):
         counts[finding.level] += 1
         findings.append(finding)
         if not options.json:

@@ -22,7 +22,7 @@ from pathlib import Path
 from shlex import quote
 
 from llamax.cli.options import Parser
-from llamax.launch import jobfile, sagemaker
+from llamax.launch import jobfile, sagemaker_checks
 from llamax.launch.checks import problems
 from llamax.launch.cluster import actions as cluster_actions
 from llamax.launch.environment import literal_values, plain_text_secrets, sdk_notes
@@ -37,7 +37,6 @@ from llamax.runtime.errors import (
     refuse,
 )
 from llamax.runtime.process import wait_for_end
-from llamax.runtime.versions import installed
 
 EACH_NODE = ("precompile", "train")  # phases
 FORWARDED = (signal.SIGTERM, signal.SIGHUP)
@@ -49,15 +48,15 @@ EPILOG = "Keys of a job file, a [section] for what is before the dot:\n\n"
 def main(argv: Sequence[str]) -> int:
     options = _options(argv)
     launcher, phase, what = options.on, options.phase, options.action
-    _known("--on", launcher, PHASES)
+    known_name("--on", launcher, PHASES)
     having = [name for name, phases in PHASES.items() if phase in phases]
     if having and launcher not in having:
         raise ConfigError(
             f"--phase {phase}: --on {launcher} has {', '.join(PHASES[launcher])}; use one of "
             f"these, or --on {join_or(having)}"
         )
-    _known("--phase", phase, PHASES[launcher])
-    _known("--action", what, ACTIONS)
+    known_name("--phase", phase, PHASES[launcher])
+    known_name("--action", what, ACTIONS)
     if what != "start" and (phase == "image" or (phase == "tensorboard" and launcher != "k8s")):
         raise ConfigError(f"--action {what}: --phase {phase} runs in the foreground; press Ctrl-C")
     if phase == "cluster" and what not in cluster_actions(launcher):
@@ -120,7 +119,8 @@ def _on_each_node(launcher: str, phase: str, what: str) -> bool:
     return launcher == "torchrun" and phase in EACH_NODE and what == "start"
 
 
-def _known(option: str, value: str, values: Sequence[str] | dict[str, tuple[str, ...]]) -> None:
+def known_name(option: str, value: str, values: Sequence[str] | dict[str, tuple[str, ...]]) -> None:
+    """Raise ConfigError if the value of an option is none of ``values``."""
     if value not in values:
         near = OTHER_NAMES.get(value.lower(), value)
         raise ConfigError(f"{option} {value}: unknown here{did_you_mean(near, values)}")
@@ -134,8 +134,9 @@ def _run(job: JobFile, launcher: str, phase: str, what: str, text: str, node: in
             f"--node is missing: {job.nodes} nodes each run this command with their own, 0 on "
             f"{job.torchrun.master}, the {others}"
         )
-    if launcher == "sagemaker" and phase != "image" and what == "start":
-        _check_sdk(sagemaker.sdk(job))
+    by_sdk = launcher == "sagemaker" and phase != "image" and what == "start"
+    if by_sdk and (wrong := sagemaker_checks.sdk_problem(job)):
+        raise BackendError(f"{wrong}, or print what it would run with --render")
     environ = environment(job, launcher, os.environ)
     program = "" if what == "start" else needed(launcher, phase, what)
     if program and not shutil.which(program, path=environ["PATH"]):
@@ -153,22 +154,6 @@ def _run(job: JobFile, launcher: str, phase: str, what: str, text: str, node: in
             return run_command(command, environ)
         except FileNotFoundError:
             raise BackendError(MISSING.format(command[0])) from None
-
-
-def _check_sdk(wanted: int) -> None:
-    """Raise BackendError if the SageMaker SDK is not installed or has another major version."""
-    found = installed("sagemaker")
-    package = "llamax[sagemaker]" if wanted == 2 else f"sagemaker>={wanted},<{wanted + 1}"
-    if found is None:
-        raise BackendError(
-            f"the SageMaker SDK is not installed here; pip install '{package}', or print what it "
-            "would run with --render"
-        )
-    if found.split(".")[0] != str(wanted):
-        raise BackendError(
-            f"the SageMaker SDK found is {found}, but the job is for version {wanted}; set "
-            f"sagemaker.sdk, or pip install '{package}'"
-        )
 
 
 def run_command(command: Sequence[str], environ: dict[str, str]) -> int:

@@ -21,6 +21,7 @@ from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.source import Source
 from llamax.config.base_model import ROPE
 from llamax.config.constants import CHECKPOINTS_FOLDER
+from llamax.config.data_path import RANDOM
 from llamax.config.load import recorded_config
 from llamax.config.model import ModelConfig
 from llamax.config.schema import Config, sections
@@ -34,6 +35,7 @@ from llamax.optim.schedule import lr_at
 from llamax.runtime.errors import CheckpointError, ConfigError
 from llamax.runtime.hub_name import hub_name
 from llamax.runtime.logging import logger
+from llamax.runtime.units import count
 from llamax.training.resolve import ResolvedRun
 
 # The sections, and their fields (empty: all), that decide samples, updates and mesh.
@@ -162,7 +164,27 @@ def open_inputs(config: Config) -> Inputs:
 
     Raises DataError, CheckpointError or ConfigError for what is missing or does not fit.
     """
-    data, checkpoint = config.data, config.checkpoint
+    dataset = open_data(config)
+    weights = open_weights(config, dataset)
+    training, validation = open_samples(config, dataset)
+    return Inputs(
+        weights.config,
+        dataset,
+        training,
+        validation,
+        weights.resumed,
+        weights.first,
+        weights.adapters,
+        weights.newest,
+    )
+
+
+def open_data(config: Config) -> Dataset:
+    """The dataset of a run, with the one of data.validation in it, and a vocabulary that fits.
+
+    Raises DataError, or ConfigError where checkpoint.also_hf could not write its tokenizer.
+    """
+    data = config.data
     verify: Verify = "off" if data.verify == "off" else "read"
     dataset = open_dataset(data.path, verify, config.model.vocab_size)
     if data.validation:
@@ -170,11 +192,65 @@ def open_inputs(config: Config) -> Inputs:
         held_out.check_tokenizer(dataset.fingerprint, data.path)
         dataset = replace(dataset, validation=held_out.train)
     dataset.check_vocabulary(config.model.vocab_size)
-    if checkpoint.also_hf and Path(data.path).is_dir():
+    if config.checkpoint.also_hf and Path(data.path).is_dir():
         # Every save writes it: refused now, not after the first.
         tokenizer, name = load_tokenizer(Path(data.path)), f"the tokenizer of {data.path}"
         remedy = "consolidate with the model's tokenizer afterwards, without checkpoint.also_hf"
         check_tokenizer_fits(tokenizer, name, config.model.vocab_size, remedy)
+    return dataset
+
+
+def open_samples(config: Config, dataset: Dataset) -> tuple[Samples, Samples | None]:
+    """The training and validation samples, each with labels; None where nothing is validated.
+
+    Raises DataError for a split without samples or labels.
+    """
+    data, seed, validation = config.data, config.run.seed, None
+    training = Samples(dataset.train, data, seed)
+    if dataset.validation is not None and config.run.validates:
+        validation = Samples(dataset.validation, data, seed)
+        batches = config.run.validate_batches
+        validation.check_labels(batches, "run.validate_batches", "data.labels=all")
+    training.check_labels(every="data.labels=all")
+    return training, validation
+
+
+def sample_notes(
+    config: Config, training: Samples, validation: Samples | None
+) -> Iterator[tuple[str, str]]:
+    """What is unusual about the samples of a run, but no mistake: (what, remedy)."""
+    batch, samples = config.data.global_batch, len(training)
+    if batch > samples and config.data.path != RANDOM:
+        yield (
+            f"every step repeats samples: {config.data.path} has {count(samples, 'sample')}, and "
+            f"data.global_batch={batch} is more",
+            "",
+        )
+    if validation is None and config.run.validates:
+        yield (
+            f"nothing will be validated: {config.data.path} holds no validation text",
+            "prepare it with a larger --validation, or name a dataset in data.validation",
+        )
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the weights of a run come from, and its configuration; fields as of ``Inputs``."""
+
+    config: Config
+    resumed: Checkpoint | None
+    first: Source | None
+    adapters: AdapterInfo | None
+    newest: Path | None
+
+
+def open_weights(config: Config, dataset: Dataset) -> Weights:
+    """The checkpoint that a run continues, and the weights that it starts from.
+
+    Raises CheckpointError or ConfigError for what is missing or is of another model, DataError for
+    a checkpoint of another tokenizer than the dataset's.
+    """
+    checkpoint = config.checkpoint
     resumed = first = latest = None
     if checkpoint.resume in ("auto", "intact"):
         folder = Path(config.run.folder) / CHECKPOINTS_FOLDER
@@ -202,13 +278,7 @@ def open_inputs(config: Config) -> Inputs:
     adapters = finetune_info(config.finetune, first, checkpoint.init_from)
     if resumed is not None:
         check_resumed(config.finetune, resumed, first)
-    training, validation = Samples(dataset.train, data, config.run.seed), None
-    if dataset.validation is not None and config.run.validates:
-        validation = Samples(dataset.validation, data, config.run.seed)
-        batches = config.run.validate_batches
-        validation.check_labels(batches, "run.validate_batches", "data.labels=all")
-    training.check_labels(every="data.labels=all")
-    return Inputs(config, dataset, training, validation, resumed, first, adapters, latest)
+    return Weights(config, resumed, first, adapters, latest)
 
 
 def _check_position(resumed: Checkpoint) -> None:

@@ -39,7 +39,7 @@ from llamax.runtime.progress import reported
 from llamax.runtime.units import amount, count, show_number
 from llamax.training.console import ConsoleWriter
 from llamax.training.early_stopping import EarlyStopping
-from llamax.training.inputs import Inputs
+from llamax.training.inputs import Inputs, sample_notes
 from llamax.training.metrics import (
     JsonlWriter,
     TensorBoardWriter,
@@ -259,20 +259,8 @@ def log_start(job: Job) -> None:
             f", or --run.epochs above {run.epochs}" if run.epochs else "",
         )
     logger.info("samples: %s", job.training)
-    batch, samples = config.data.global_batch, len(job.training)
-    if batch > samples and config.data.path != RANDOM:
-        logger.warning(
-            "every step repeats samples: %s has %s, and data.global_batch=%d is more",
-            config.data.path,
-            count(samples, "sample"),
-            batch,
-        )
-    if job.validation is None and config.run.validates:
-        logger.warning(
-            "nothing will be validated: %s holds no validation text; prepare it with a larger "
-            "--validation, or name a dataset in data.validation",
-            config.data.path,
-        )
+    for what, remedy in sample_notes(config, job.training, job.validation):
+        logger.warning("%s", f"{what}; {remedy}" if remedy else what)
     if job.adapters is not None:
         logger.info("%s", describe_finetune(config, mesh.tp, mesh.owners))
     for line in (*not_applied(config), *_begins_otherwise(job)):

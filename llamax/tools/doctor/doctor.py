@@ -19,29 +19,29 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
-from llamax.checkpoint.hf_folder import open_source
-from llamax.config.base_model import read_base
 from llamax.config.constants import RENDEZVOUS_PORT
-from llamax.config.data_path import RANDOM, blend_words
 from llamax.config.hardware import LOCAL, Machine
-from llamax.config.model import ModelConfig
 from llamax.config.neuron_sdk import installed_sdk
 from llamax.config.rules.pipeline import chunk_layers
 from llamax.config.schema import BackendName, Config
-from llamax.config.step_folders import list_checkpoints
-from llamax.data.dataset import open_dataset
 from llamax.launch.environment import sdk_notes
 from llamax.launch.jobfile import JobFile
 from llamax.parallel.rendezvous import NEURON_PORT
-from llamax.runtime.errors import CheckpointError, ConfigError, DataError, LlamaxError
-from llamax.runtime.hub import download
-from llamax.runtime.hub_files import CONFIG
-from llamax.runtime.hub_name import HubName, hub_name
-from llamax.runtime.units import count, show_bytes, show_number, show_time
+from llamax.runtime.units import show_bytes, show_time
 from llamax.tools.audit import compile_cache
 from llamax.tools.audit.compile_cache import FLAGS, Note
-from llamax.tools.doctor import Finding, Host, job_files, machine, storage, versions
-from llamax.tools.doctor.finding import passed, unknown
+from llamax.tools.doctor import (
+    Finding,
+    Host,
+    job_files,
+    launchers,
+    machine,
+    run_inputs,
+    sagemaker,
+    storage,
+    versions,
+)
+from llamax.tools.doctor.finding import passed
 from llamax.tools.doctor.shared_cache import shared_cache
 from llamax.tools.plan import Plan, nearest, plan_run
 from llamax.tools.plan.report import RISKS
@@ -49,8 +49,16 @@ from llamax.training.compile_guard import all_programs
 from llamax.training.resolve import ResolvedRun, resolve, visible_samples
 
 
-def examine(host: Host, job: JobFile | None, wait_s: float) -> Iterator[Finding]:
-    """The findings about a machine, and about a job on it; waits ``wait_s`` for the other nodes."""
+def examine(
+    host: Host, job: JobFile | None, wait_s: float, launcher: str = ""
+) -> Iterator[Finding]:
+    """The findings about a machine, and about a job on it; waits ``wait_s`` for the other nodes.
+
+    ``launcher``: what will start the job; empty: not known, and SageMaker is not meant.
+    """
+    if job is not None and launcher == "sagemaker":
+        yield from _on_sagemaker(host, job)
+        return
     expected = job.machine if job else observed(host)
     yield from versions.check(host, job.config.run.backend if job else expected.backend)
     yield from job_files.environment(job) if job else ()
@@ -59,19 +67,18 @@ def examine(host: Host, job: JobFile | None, wait_s: float) -> Iterator[Finding]
     yield from machine.check(host, expected, ports)
     if job is None:
         return
+    yield from launchers.check(job, launcher, host.environ)
     yield from _sdk(host, job)
-    yield from job_files.secrets(job)
+    yield from job_files.secrets(job) if launcher != "k8s" else ()  # a Secret has them
     folder = Path(job.folder)
     yield from storage.check(host, folder, job.nodes, wait_s)
-    path = _below(folder, job.config.data.path)
-    samples = visible_samples(job.config, path)
-    run = resolve(job.config, job.nodes * job.ranks, *samples, node_ranks=job.node_limit)
+    run = _resolved(job, run_inputs.placed(folder, job.config).data.path)
     found = _plan(run, job)
     if found is not None:
         yield from _fits(found, job)
     yield from storage.disk(folder, run, found.time.step_s if found else None)
-    yield from _dataset(path, folder.is_dir())
-    yield from _base(folder, job.config)
+    on_node = job.local or machine.devices_here(host, expected) > 0
+    yield from run_inputs.check(folder, job.config, on_node)
     world = job.nodes * job.ranks
     hashes = cache(partial(compile_cache.hashes, job.config, world, job.ranks, host.environ))
     note = Note(host.version("neuronx-cc"), host.environ.get(FLAGS, ""))
@@ -79,6 +86,26 @@ def examine(host: Host, job: JobFile | None, wait_s: float) -> Iterator[Finding]
         yield from storage.cache(url, programs(job.config), hashes, note)
     if job.compile_cache and job.machine.neuron:
         yield from shared_cache(job.compile_cache, hashes, note)
+
+
+def _on_sagemaker(host: Host, job: JobFile) -> Iterator[Finding]:
+    """The findings about a job whose containers have nothing of this machine, but in local mode."""
+    if job.sagemaker.local:
+        yield from machine.check(host, job.machine, [job.port])
+    yield from launchers.check(job, "sagemaker", host.environ)
+    yield from _sdk(host, job)
+    run = _resolved(job, job.sagemaker.data.removeprefix(sagemaker.LOCAL))
+    found = _plan(run, job)
+    if found is not None:
+        yield from _fits(found, job)
+    yield from sagemaker.disk(job, run)
+    yield from sagemaker.inputs(job)
+
+
+def _resolved(job: JobFile, data: str) -> ResolvedRun:
+    """The run of a job on its ranks, with the samples of the dataset at ``data``, if it is here."""
+    samples = visible_samples(job.config, data)
+    return resolve(job.config, job.nodes * job.ranks, *samples, node_ranks=job.node_limit)
 
 
 def _sdk(host: Host, job: JobFile) -> Iterator[Finding]:
@@ -150,63 +177,3 @@ def _fits(planned: Plan, job: JobFile) -> Iterator[Finding]:
         "the run would end in its first step, after compilation",
         fix,
     )
-
-
-def _below(folder: Path, path: str) -> str:
-    """``data.path``, or every dataset of a blend, relative to a folder."""
-    words = blend_words(path)
-    for i in range(1, len(words), 2):
-        words[i] = _below(folder, words[i])
-    return " ".join(words) or (path if path == RANDOM else str(folder / path))
-
-
-def _base(folder: Path, config: Config) -> Iterator[Finding]:
-    """The finding about checkpoint.init_from, if the run would read it."""
-    start, full = config.checkpoint, config.finetune.method == "full"
-    if not start.init_from:
-        return
-    path = folder / start.init_from
-    if (name := hub_name(start.init_from, within=folder)) is not None:
-        yield _on_hub(name)
-    elif not folder.is_dir():
-        yield unknown("base", f"{path} is not here", "run doctor where it is")
-    elif full and start.resume != "never" and list_checkpoints(folder / config.run.folder):
-        yield passed("base", f"{path} is not read: the run goes on from its newest checkpoint")
-    else:
-        try:
-            model = ModelConfig.from_hub(open_source(path).model)
-        except (CheckpointError, ConfigError) as error:
-            yield Finding("error", "base", str(error), "training starts from its weights")
-        else:
-            size = show_number(model.num_parameters())
-            yield passed("base", f"a Llama of {size} parameters in {path}")
-
-
-def _on_hub(name: HubName) -> Finding:
-    """The finding about a base on the Hub, of which only config.json is downloaded."""
-    try:
-        base = read_base(download(name, CONFIG))
-    except LlamaxError as error:
-        return Finding("error", "base", str(error), "training starts from its weights")
-    if base is None:
-        return Finding("error", "base", f"{name} has no config.json", "it is no model")
-    size = show_number(base.model.num_parameters())
-    return passed("base", f"a Llama of {size} parameters in {name} on the Hub")
-
-
-def _dataset(path: str, has_storage: bool) -> Iterator[Finding]:
-    if not has_storage and path != RANDOM:
-        yield unknown("dataset", f"{path} is not here", "run doctor where it is")
-        return
-    try:
-        dataset = open_dataset(path, "off")
-    except DataError as error:
-        yield Finding(
-            "error",
-            "dataset",
-            str(error),
-            "training reads it first",
-            "llamax launch --phase prepare",
-        )
-    else:
-        yield passed("dataset", f"{count(len(dataset.train), 'token')} in {path}")

@@ -36,10 +36,15 @@ def check(host: Host, expected: Machine, ports: list[int]) -> Iterator[Finding]:
     yield from clock(_clock_state())
 
 
+def devices_here(host: Host, expected: Machine) -> int:
+    """The number of accelerators of the expected kind."""
+    return host.gpus if expected.backend == "cuda" else host.neuron_devices
+
+
 def devices(host: Host, expected: Machine) -> Iterator[Finding]:
     """The number of accelerators."""
-    gpus = expected.backend == "cuda"
-    found, kind = (host.gpus, "GPU") if gpus else (host.neuron_devices, "Neuron device")
+    gpus, found = expected.backend == "cuda", devices_here(host, expected)
+    kind = "GPU" if gpus else "Neuron device"
     if found == expected.devices:
         yield passed("devices", f"{found} {kind}s" if found else f"no {kind}, none needed")
     elif not found:

@@ -17,6 +17,7 @@ from support.launch_jobs import tables
 from llamax.cli import launch
 from llamax.cli.launch import main
 from llamax.config.toml import to_toml
+from llamax.launch import sagemaker_checks
 from llamax.runtime.errors import BackendError, ConfigError
 
 # ---- the command
@@ -117,7 +118,7 @@ def test_another_sdk_than_the_jobs_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path, sagemaker__sdk=2)
-    monkeypatch.setattr(launch, "installed", lambda package: "3.27.0")
+    monkeypatch.setattr(sagemaker_checks, "installed", lambda package: "3.27.0")
     with pytest.raises(
         BackendError,
         match=r"the SageMaker SDK found is 3.27.0, but the job is for version 2; set sagemaker.sdk",

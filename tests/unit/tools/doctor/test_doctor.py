@@ -12,12 +12,15 @@ import transformers
 from support.hosts import SDK, host_with, levels, trainium
 from support.launch_jobs import job
 from support.models import tiny
+from support.tiny_run import make_dataset
 
 from llamax.cli.doctor import NOT_READY, main
+from llamax.cli.launch import main as launch
 from llamax.runtime.errors import BackendError, ConfigError
 from llamax.tools.audit import compile_cache
 from llamax.tools.doctor import Finding, Host
-from llamax.tools.doctor.doctor import _below, examine, observed, programs
+from llamax.tools.doctor.doctor import examine, observed, programs
+from llamax.tools.doctor.run_inputs import _below
 
 
 def test_programs_are_not_traced_without_torch_xla(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +94,7 @@ def test_random_tokens_need_no_storage() -> None:
     measured = job(overrides={"data": {"path": "random"}})
     found = {each.name: each for each in examine(Host(packages=SDK), measured, 0)}
     assert found["dataset"].level == "ok"
-    assert found["dataset"].what == "8,388,608 tokens in random"
+    assert found["dataset"].what == "8,388,608 tokens in random; concat at 4096: 2,048 samples"
 
 
 def test_a_missing_dataset_is_an_error(tmp_path: Path) -> None:
@@ -158,5 +161,109 @@ def test_the_program_prints_all_findings_and_its_exit_code_says_the_worst(
     assert "ERROR    dataset" in said
     assert "         fix           llamax launch --phase prepare" in said
     path.write_text('name = "a"\nrecipe = "demo"\nstorage.mount = "x"\n')
-    with pytest.raises(ConfigError, match=r"job.toml: 1 x trn1\.32xlarge = 32 ranks: "):
+    with pytest.raises(
+        ConfigError, match=r"job.toml: 2 problems\n  1 x trn1\.32xlarge = 32 ranks: "
+    ):
         main(["--job", str(path)])
+    path.write_text('name = "a"\nrecipe = "demo"\nstorage.mount = "x"\nenvironment.RANK = 1\n')
+    with pytest.raises(ConfigError) as refused:
+        main(["--job", str(path)])
+    for problem in ("job.toml: 2 problems", "environment.RANK is", "storage.mount='x' is not an"):
+        assert problem in str(refused.value)
+
+
+def test_an_unknown_launcher_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--on slum: unknown here; did you mean slurm\?"):
+        main(["--on", "slum"])
+    with pytest.raises(ConfigError, match=r"--on slurm needs a job file; add --job job\.toml"):
+        main(["--on", "slurm"])
+
+
+def test_problems_of_a_launcher_are_those_of_launch(tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text(
+        'name = "a"\nrecipe = "llama2-7b"\nnodes = 2\nstorage.mount = "/fsx"\n[overrides]\n'
+        'data.path = "tokens"\n'
+    )
+    for launcher, problem in (
+        ("torchrun", "torchrun.master is empty; with nodes=2 set it"),
+        ("mpirun", "mpirun.hostfile is empty; with nodes=2 set it"),
+        ("k8s", "storage.claim is empty; set it to the PersistentVolumeClaim"),
+        ("sagemaker", "sagemaker.role is empty; set it to the ARN"),
+    ):
+        told = []
+        for command in (main, launch):
+            with pytest.raises(ConfigError) as refused:
+                command(["--job", str(path), "--on", launcher])
+            told.append(str(refused.value))
+        assert told[0] == told[1]
+        assert problem in told[0]
+    assert main(["--job", str(path), "--on", "slurm"]) == 0
+
+
+def test_doctor_names_the_launchers_that_take_a_job_file() -> None:
+    def launcher(**changes: object) -> str:
+        found = {each.name: each for each in examine(Host(packages=SDK), job(**changes), 0)}
+        return found["launcher"].what
+
+    assert launcher() == "the job file suits torchrun, mpirun, slurm, k8s, sagemaker"
+    assert launcher(nodes=2, torchrun__master="", storage__claim="") == (
+        "the job file suits mpirun, slurm, sagemaker (--on LAUNCHER says why others do not)"
+    )
+
+
+def test_the_program_of_a_launcher_is_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "sbatch").write_text("#!/bin/sh\n")
+    (tmp_path / "sbatch").chmod(0o755)
+
+    def launcher(name: str, path: Path) -> Finding:
+        host = Host(packages=SDK, environ={"PATH": str(path)})
+        (found,) = (one for one in examine(host, job(), 0, name) if one.name == "launcher")
+        return found
+
+    assert launcher("slurm", tmp_path) == Finding("ok", "launcher", f"sbatch is {tmp_path}/sbatch")
+    missing = launcher("slurm", tmp_path / "empty")
+    assert (missing.level, missing.what) == ("unknown", "sbatch is not installed here")
+
+
+def test_a_job_of_sagemaker_needs_no_folder_of_this_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without [storage] it was refused, though SageMaker takes it."""
+    path = tmp_path / "job.toml"
+    text = 'name = "a"\nrecipe = "llama2-7b"\ninstance = "trn1.32xlarge"\n'
+    text += 'image = "123456789012.dkr.ecr.us-west-2.amazonaws.com/llamax:1"\n[sagemaker]\n'
+    text += 'local = false\nrole = "arn:aws:iam::123456789012:role/llamax"\n'
+    path.write_text(text + 'data = "s3://bucket/tokens"\noutput = "s3://bucket/run"\n')
+    assert main(["--job", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "s3://bucket/tokens is not on this machine" in said
+    assert "3 checkpoints of 87.9 GiB, sagemaker.volume_gib=100" in said
+    assert "WARNING  disk" in said
+    for word in ("storage", "neuron ", "devices", "compile cache", "secrets"):
+        assert word not in said
+    assert main(["--job", str(path), "--on", "sagemaker"]) == 0
+    assert capsys.readouterr().out == said
+
+
+def test_data_and_base_of_sagemaker_on_this_machine_are_looked_at(tmp_path: Path) -> None:
+    def found(**changes: object) -> dict[str, Finding]:
+        given = {"data": f"file://{tmp_path}/data", "local": True, **changes}
+        asked = job(
+            recipe="demo",
+            instance="local",
+            ranks_per_node=4,
+            overrides={"data.sequence_length": 32, "model.vocab_size": 61},
+            sagemaker={"role": "arn:aws:iam::123456789012:role/llamax", **given},
+        )
+        return {each.name: each for each in examine(Host(packages=SDK), asked, 0, "sagemaker")}
+
+    assert "there is no such folder" in found()["dataset"].what
+    (tmp_path / "data").mkdir()
+    make_dataset(tmp_path / "data")
+    tokens = found(base="s3://bucket/base")
+    assert tokens["dataset"].level == "ok"
+    assert tokens["base"].fix == "aws s3 ls --recursive s3://bucket/base"
+    assert "devices" in tokens
+    no_base = found(base=f"file://{tmp_path}/base")["base"]
+    assert (no_base.level, "there is no folder" in no_base.what) == ("error", True)
