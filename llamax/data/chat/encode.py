@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
-from itertools import chain, pairwise
+from functools import cache, cached_property
+from itertools import accumulate, chain, pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -60,10 +60,10 @@ class Encoder:
 
     def encode(self, samples: Sequence[Sequence[Span]], prompts: bool = False) -> list[Tokens]:
         """The tokens of each sample; ``prompts`` have no EOS at their end."""
-        pieces = [list(self._pieces(spans)) for spans in samples]
+        pieces = [self._pieces(spans) for spans in samples]
         texts: dict[Place, list[str]] = {"whole": [], "inside": [], "rest": []}
         for piece in chain.from_iterable(pieces):
-            if not isinstance(piece, Special):
+            if isinstance(piece, Piece):
                 beginnings = [piece.text[:cut] for cut in piece.cuts]
                 texts[piece.place] += [piece.text, *beginnings]
         whole, inside = texts["whole"], texts["inside"]  # without one no engine is loaded for it
@@ -72,39 +72,41 @@ class Encoder:
             "inside": iter(self.tokenizer.encode_after(inside) if inside else ()),
             "rest": map(self.tokenizer.encode_rest, texts["rest"]),
         }
-        return joined([list(self._runs(sample, encoded, prompts)) for sample in pieces])
+        return joined([self._runs(sample, encoded, prompts) for sample in pieces])
 
-    def _pieces(self, spans: Sequence[Span]) -> Iterator[Special | Piece]:
+    def _pieces(self, spans: Sequence[Span]) -> list[Special | Piece]:
         """Special tokens, and the texts between them with the places where answers begin or end.
 
         Where the tokenizer allows a cut at such a place, a new piece begins there.
         """
-        whole = "".join(span.text for span in spans)
-        edges, at = [], 0
-        for span in spans:
-            edges.append((at, span.answer))
-            at += len(span.text)
+        found: list[Special | Piece] = []
+        whole, cuttable = "".join([span.text for span in spans]), self.tokenizer.cuts
+        edges = [*accumulate([len(span.text) for span in spans], initial=0)]  # where spans begin
         place: Place = "whole"
+        number = 0  # of the span in which a piece begins
         for start, stop, token in self._split(whole):
-            inside = [(max(at, start), answer) for at, answer in edges if at < stop]
-            begun = max(i for i, (at, _) in enumerate(inside) if at <= start)
+            while number + 1 < len(spans) and edges[number + 1] <= start:
+                number += 1
+            answer = spans[number].answer
             if token is not None:
-                yield Special(token, inside[begun][1])
+                found.append(Special(token, answer))
                 at_begin = token == self.tokenizer.bos_id and self.tokenizer.space_after_bos
                 place = "whole" if at_begin else "inside"
                 continue
             text, begin = _unshielded(whole[start:stop]), 0
             cuts: list[int] = []
-            answers = [inside[begun][1]]
-            for at, answer in inside[begun + 1 :]:
-                cut = len(_unshielded(whole[start:at]))
-                if self.tokenizer.cuts and self.tokenizer.cuts.match(text, cut):
-                    yield Piece(text[begin:cut], cuts, answers, place)
+            answers = [answer]
+            while number + 1 < len(spans) and edges[number + 1] < stop:
+                number += 1
+                cut, answer = len(_unshielded(whole[start : edges[number]])), spans[number].answer
+                if cuttable and cuttable.match(text, cut):
+                    found.append(Piece(text[begin:cut], cuts, answers, place))
                     begin, cuts, answers, place = cut, [], [answer], "rest"
                 else:
                     cuts.append(cut - begin)
                     answers.append(answer)
-            yield Piece(text[begin:], cuts, answers, place)
+            found.append(Piece(text[begin:], cuts, answers, place))
+        return found
 
     def _split(self, text: str) -> Iterator[tuple[int, int, int | None]]:
         """(start, stop, id) of special tokens and (start, stop, None) of the texts between."""
@@ -134,28 +136,29 @@ class Encoder:
 
     def _runs(
         self, pieces: list[Special | Piece], encoded: Mapping[Place, Iterator[Ids]], prompt: bool
-    ) -> Iterator[tuple[Ids, bool]]:
+    ) -> list[tuple[Ids, bool]]:
         """The tokens of a sample in runs, and whether each run is part of an answer."""
-        first, answer = pieces[0], False
+        runs: list[tuple[Ids, bool]] = []
+        first, last, answer = pieces[0], pieces[0], False
         if self.bos is not None and not (isinstance(first, Special) and first.id == self.bos):
-            yield np.array([self.bos], np.uint32), False
+            runs.append((_only(self.bos), False))
         for piece in pieces:
             if isinstance(piece, Special):
-                answer = piece.answer
-                yield np.array([piece.id], np.uint32), answer
+                last, answer = piece, piece.answer
+                runs.append((_only(piece.id), answer))
                 continue
             ids, at, answer = next(encoded[piece.place]), 0, piece.answers[0]
             for cut, now in zip(piece.cuts, piece.answers[1:], strict=True):
                 begin = at
                 at = max(at, self._within(ids, next(encoded[piece.place]), piece.text[:cut]))
-                yield ids[begin:at], answer
+                runs.append((ids[begin:at], answer))
                 answer = now
-            yield ids[at:], answer
-        ended = next(
-            (p for p in reversed(pieces) if isinstance(p, Special) or p.text.strip()), first
-        )
-        if self.eos is not None and not prompt and not isinstance(ended, Special):
-            yield np.array([self.eos], np.uint32), answer
+            runs.append((ids[at:] if at else ids, answer))
+            if piece.text and not piece.text.isspace():
+                last = piece
+        if self.eos is not None and not prompt and not isinstance(last, Special):
+            runs.append((_only(self.eos), answer))
+        return runs
 
     def _within(self, whole: Ids, beginning: Ids, text: str) -> int:
         """The number of tokens of ``whole`` that lie in its beginning ``text``.
@@ -197,6 +200,12 @@ def joined(samples: Sequence[Sequence[tuple[Ids, bool]]]) -> list[Tokens]:
     counted = np.repeat([answer for _, answer in runs], lengths)
     ends = np.cumsum([0, *lengths])[np.cumsum([0, *map(len, samples)])].tolist()
     return [Tokens(ids[a:b], counted[a:b]) for a, b in pairwise(ends)]
+
+
+@cache
+def _only(token: int) -> Ids:
+    """The ids of one token."""
+    return np.array([token], np.uint32)
 
 
 def _unshielded(text: str) -> str:

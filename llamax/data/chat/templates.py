@@ -158,7 +158,9 @@ class Template:
         tokens: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.name, self.source, self.specials = name, source, tuple(specials)
-        self._firsts = {special[:2] for special in self.specials}
+        # Most texts hold no first character of a special token, and fewer still its first two.
+        self._firsts = {special[:1] for special in self.specials}
+        self._pairs = {special[:2] for special in self.specials}
         if missing := [token for token in NEEDS.get(name, ()) if token not in self.specials]:
             raise DataError(
                 f"template {name} needs the token {missing[0]}, which the tokenizer lacks; use the "
@@ -208,12 +210,9 @@ class Template:
     def spans(self, row: Sample) -> list[Span]:
         """The text of a whole sample; DataError if the template yields no answer."""
         whole = self._render(row)
-        if self._program.marks:
-            found = list(_between_marks(whole))
-        else:
-            found = list(self._by_prompts(row, whole))
-        found = [span for span in found if span.text]
-        if not any(span.answer and span.text.strip() for span in found):
+        every = _between_marks(whole) if self._program.marks else self._by_prompts(row, whole)
+        found = [span for span in every if span.text]
+        if not any(span.answer and not span.text.isspace() for span in found):
             raise DataError(
                 f"template {self.name}: yields no answer for this row; correct the template"
             )
@@ -293,7 +292,7 @@ class Template:
         return self._program.render(
             {
                 **self._fixed,
-                **self._shielded_value(dict(row.variables)),
+                **(self._shielded_value(row.variables) if row.variables else {}),
                 "messages": messages,
                 "instruction": self.shielded(row.instruction),
                 "context": self.shielded(row.context),
@@ -312,7 +311,8 @@ class Template:
             for mark in (START, STOP, SHIELD, ANSWER):
                 if mark in text:
                     raise DataError(f"a field holds the noncharacter U+{ord(mark):04X}; remove it")
-        if any(first in text for first in self._firsts):
+        holds = text.__contains__
+        if any(map(holds, self._firsts)) and any(map(holds, self._pairs)):
             for name in self.specials:
                 if name in text:
                     text = text.replace(name, name[0] + SHIELD + name[1:])
@@ -356,9 +356,10 @@ def unused(name: str, field: str) -> DataError:
     )
 
 
-def _between_marks(text: str) -> Iterator[Span]:
-    for number, piece in enumerate(text.split(START)):
+def _between_marks(text: str) -> list[Span]:
+    before, *marked = text.split(START)
+    found = [Span(before, False)]
+    for piece in marked:
         answer, _, rest = piece.partition(STOP)
-        if number:
-            yield Span(answer, True)
-        yield Span(rest if number else piece, False)
+        found += (Span(answer, True), Span(rest, False))
+    return found

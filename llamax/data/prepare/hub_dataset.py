@@ -20,8 +20,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llamax.data.prepare.file_kinds import is_packed, kind_of
 from llamax.data.prepare.saved_dataset import PURPOSES
 from llamax.runtime.errors import DataError
@@ -221,6 +219,8 @@ def _matches(path: str, pattern: str) -> bool:
 
 def _configs(card: Path) -> list[dict[str, Any]]:
     """The configurations in the YAML between the first two lines ``---`` of a card."""
+    import yaml  # no other input needs it
+
     with card.open("rb") as file:
         text = file.read(CARD_BYTES).decode(errors="replace")
     match = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)

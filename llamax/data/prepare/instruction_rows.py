@@ -110,8 +110,8 @@ def _spans(
         try:
             sample = read_sample(row, fields, settings.system, template)
             spans = template.spans(sample)
-            text = "".join(span.text for span in spans)
-            size = len(text.encode())
+            text = "".join([span.text for span in spans])
+            size = len(text) if text.isascii() else len(text.encode())
             if size > most:
                 raise DataError(
                     f"is a sample of more than {show_bytes(most)}; shorten it, or use a larger "
