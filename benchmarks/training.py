@@ -1,7 +1,7 @@
 """Time and memory of a training step: llamax beside its peers.
 
     python benchmarks/training.py [one tp dp bf16 recompute loss documents] [--steps 10]
-        [--peers FOLDER ...] [--only PART] [--clock wall|cpu] [--smallest]
+        [--peers FOLDER ...] [--older FOLDER] [--only PART] [--clock wall|cpu] [--smallest]
 
 The 57 M Llama (hidden 512, 8 layers, 8 heads, 4 key/value heads, feed-forward 1408, vocabulary
 32000) from the same weights on the same data.  Every contender runs in processes of its own; they
@@ -10,7 +10,7 @@ Ratios are of llamax's median to the peer's, over the steps that they took in tu
 the share of the rate of large fp32 products, measured between the steps (wall clock only).  Peak
 memory is VmHWM, of the largest rank.  ``--peers`` are folders where litgpt, torchtitan and
 picotron can be imported from (``pip install --no-deps --target``, or a clone); a line on stderr
-names each that is not found.
+names each that is not found.  ``--older`` adds the llamax of another checkout.
 
     one         one process of two threads
     tp          two ranks of one thread, tensor parallel, with sequence parallelism where there is
@@ -31,6 +31,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
 
 from peers.job import Job
@@ -39,7 +40,7 @@ from peers.race import BENCHMARKS, Team, TeamError
 from llamax.config.flops import flops_per_token
 
 WARM = 2  # steps that count for nothing
-OURS = "llamax"
+OURS, OLDER = "llamax", "older llamax"
 SMALLEST = {"batch": 2, "length": 16, "layers": 1}
 Contenders = dict[str, Job]
 
@@ -124,6 +125,7 @@ def race(
     steps: int,
     together: int,
     paths: Sequence[str],
+    older: Path | None,
     clock: str,
     limit_s: float,
 ) -> Iterator[Result | str]:
@@ -131,6 +133,8 @@ def race(
     chosen = contenders(section)
     if smallest:
         chosen = {label: replace(job, **SMALLEST) for label, job in chosen.items()}
+    if older:
+        chosen[OLDER] = chosen[OURS]
     (name, job), *others = chosen.items()
     others = [(label, peer) for label, peer in others if only in label]
     tokens = job.batch * job.length
@@ -141,7 +145,7 @@ def race(
         rivals = []
         for label, peer in others[first : first + together]:
             try:
-                rivals.append(Team(label, peer, paths))
+                rivals.append(Team(label, peer, paths, older if label == OLDER else None))
             except TeamError as error:
                 yield f"{label}: skipped ({error})"
         if not rivals:
@@ -200,6 +204,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="peers whose name has this part")
     parser.add_argument("--together", type=int, default=2, help="peers that take turns at once")
     parser.add_argument("--peers", nargs="*", default=[], help="folders to import peers from")
+    parser.add_argument("--older", type=Path, help="another checkout of llamax")
     parser.add_argument("--limit-s", type=float, default=600, help="of one group of peers, about")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--smallest", action="store_true", help="smallest size, only to try it")
@@ -216,6 +221,7 @@ def main() -> None:
             options.steps,
             options.together,
             options.peers,
+            options.older,
             options.clock,
             options.limit_s,
         ):

@@ -32,27 +32,34 @@ class TeamError(Exception):
 
 
 class Team:
-    """One contender: its workers, and what its steps took."""
+    """One contender: its workers, and what its steps took.
 
-    def __init__(self, name: str, job: Any, paths: Sequence[str] = ()) -> None:
+    ``tree``: another checkout of llamax that it runs from.
+    """
+
+    def __init__(
+        self, name: str, job: Any, paths: Sequence[str] = (), tree: Path | None = None
+    ) -> None:
         self.name, self.job = name, job
         self.seconds: list[float] = []
         self.cpu_seconds: list[float] = []
         self.losses: list[float] = []
         port = free_port()
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, str(BENCHMARKS)])}
+        folders = [str(tree), str(tree / "benchmarks")] if tree else [str(BENCHMARKS)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, *folders])}
         environment["OMP_NUM_THREADS"] = str(job.threads)
         if job.keep_heap or job.contender.startswith("ours"):  # as the training program starts
             environment["GLIBC_TUNABLES"] = NO_CACHE
         self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  as long as the team
         self.workers = [
             subprocess.Popen(
-                [sys.executable, "-m", "peers.race", json.dumps(dataclasses.asdict(mine))],
+                [sys.executable, "-m", "peers.race", json.dumps(_chosen(mine))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self.said,
                 text=True,
                 env=environment,
+                cwd=tree,  # which comes before PYTHONPATH
             )
             for mine in (dataclasses.replace(job, rank=r, port=port) for r in range(job.ranks))
         ]
@@ -97,6 +104,13 @@ class Team:
     def typical(self, clock: str, first: int) -> float:
         """Median seconds of a step, from step ``first`` on, counted from 0."""
         return median((self.seconds if clock == "wall" else self.cpu_seconds)[first:])
+
+
+def _chosen(job: Any) -> dict[str, Any]:
+    """The fields of a job that are not as by default: older checkouts do not know all of them."""
+    fields = dataclasses.asdict(job).items()
+    defaults = {field.name: field.default for field in dataclasses.fields(job)}
+    return {name: value for name, value in fields if value != defaults[name]}
 
 
 def free_port() -> int:
