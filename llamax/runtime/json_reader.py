@@ -49,8 +49,11 @@ def parse_json(data: bytes | str, strict: bool = True) -> Any:
         raise JsonError(f"is nested more than {MAX_DEPTH} levels deep") from None
     except ValueError:  # an integer of more digits than Python converts
         raise JsonError("holds a number of thousands of digits") from None
-    openers = (b"[", b"{") if isinstance(data, bytes | bytearray) else ("[", "{")
-    if sum(map(data.count, openers)) > MAX_DEPTH and too_deep(value):  # type: ignore[arg-type]
+    if isinstance(data, str):
+        openers = data.count("[") + data.count("{")
+    else:
+        openers = data.count(b"[") + data.count(b"{")
+    if openers > MAX_DEPTH and too_deep(value):
         raise JsonError(f"is nested more than {MAX_DEPTH} levels deep")
     return value
 

@@ -23,6 +23,7 @@ from llamax.data.dataset import open_dataset
 from llamax.data.loader import Loader
 from llamax.data.prepare import chunks, file_kinds, text_files
 from llamax.data.prepare.summary import unigram_entropy
+from llamax.data.prepare.text_chunks import TextChunk
 from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.data.tokenizer.train import train_sentencepiece
 from llamax.runtime.errors import DataError
@@ -85,11 +86,12 @@ def test_workers_and_formats_change_no_byte(
 
 
 @pytest.mark.parametrize(
-    ("alone_s", "alone_bytes", "forks"), [(math.inf, 2**22, 0), (0.0, 2**22, 2), (math.inf, 1, 2)]
+    ("alone_s", "size", "forks"),
+    [(math.inf, 2**22, 0), (0.0, 2**22, 2), (math.inf, 2**22 + 1, 2), (math.inf, 0, 2)],
 )
 def test_workers_begin_where_the_work_is_worth_it(
     alone_s: float,
-    alone_bytes: int,
+    size: int,
     forks: int,
     text: Path,
     tokenizer: Path,
@@ -105,7 +107,7 @@ def test_workers_begin_where_the_work_is_worth_it(
     monkeypatch.setattr(os, "fork", counted)
     monkeypatch.setattr(file_kinds, "CHUNK_BYTES", 30_000)
     monkeypatch.setattr(chunks, "ALONE_S", alone_s)
-    monkeypatch.setattr(chunks, "ALONE_BYTES", alone_bytes)
+    monkeypatch.setattr(TextChunk, "size_bytes", size)  # 0: not known, as of Parquet
     run(tmp_path / "out", text, "--glob", "*.py", "--tokenizer", tokenizer, "--workers", 2)
     assert len(forked) == forks
 

@@ -36,8 +36,9 @@ from llamax.runtime.files import show_free, write_atomic
 from llamax.runtime.json_reader import read_object
 
 COPIED = 2**20  # tokens copied at once
-# The work that this process does before it starts others: each costs a twentieth of a second.
-ALONE_S, ALONE_BYTES = 0.5, 2**22  # in processor seconds; in chunks of at most so many bytes
+# What this process does before it starts others, which cost a twentieth of a second each: work of
+# so many processor seconds, in chunks of at most so many bytes.
+ALONE_S, ALONE_BYTES = 0.5, 2**22
 SPLITS = ("train", "validation", "test")
 
 
@@ -186,6 +187,7 @@ def _make_part(folder: Path, name: str, chunk: Chunk, settings: Settings) -> Non
 
 def make_parts(
     chunks: Sequence[Chunk],
+    names: Sequence[str],
     folder: Path,
     settings: Settings,
     tokenizer: Tokenizer,
@@ -195,26 +197,26 @@ def make_parts(
     """Make all parts; their paths, without ``.SPLIT.tokens``, in order.
 
     This process makes those of the first ALONE_S, and ``workers`` others the rest; it makes all
-    where ``workers`` is 1.  Shows its progress; ``began``: when the program did, on
-    time.perf_counter.  Raises DataError for a mistake in a chunk, a full disk or a worker that
-    died.
+    where ``workers`` is 1.  Shows its progress; ``names``: of the parts, as ``settings`` names
+    them; ``began``: when the program did, on time.perf_counter.  Raises DataError for a mistake in
+    a chunk, a full disk or a worker that died.
     """
-    jobs = [(folder, settings.name(i, chunk), chunk, settings) for i, chunk in enumerate(chunks)]
-    parts = [folder / name for _, name, *_ in jobs]
-    with Progress(
-        sum(chunk.size for chunk in chunks), chunks[0].unit, len(jobs), began
-    ) as progress:
-        left, start_s = deque(jobs), time.process_time()
-        while left and (
-            min(workers, len(left)) == 1
-            or (left[0][2].size_bytes <= ALONE_BYTES and time.process_time() - start_s < ALONE_S)
-        ):
+    left = deque((folder, name, chunk, settings) for name, chunk in zip(names, chunks, strict=True))
+    size, start_s = sum(chunk.size for chunk in chunks), time.process_time()
+    with Progress(size, chunks[0].unit, len(chunks), began) as progress:
+        while left and (min(workers, len(left)) == 1 or _is_little(left[0][2], start_s)):
             job = left.popleft()
             make_part(*job, tokenizer, progress.count)
             progress.finish(job[2].size)
         if left:
             _make_in_pool(left, tokenizer, workers, progress)
-    return parts
+    return [folder / name for name in names]
+
+
+def _is_little(chunk: Chunk, start_s: float) -> bool:
+    """Whether a chunk, with what was done since ``start_s``, is too little work to share."""
+    short = 0 < chunk.size_bytes <= ALONE_BYTES  # those of Parquet do not say their size
+    return short and time.process_time() - start_s < ALONE_S
 
 
 def _make_in_pool(

@@ -219,7 +219,7 @@ def prepare(
     if not already_made(out, settings, identity, format):
         _speed_up(opened, chunks)
         with keeping(parts_folder):
-            parts = make_parts(chunks, parts_folder, settings, opened, workers, began)
+            parts = make_parts(chunks, names, parts_folder, settings, opened, workers, began)
             unread = unread_in(parts)
             if unread and strict:
                 raise unread_error(unread)

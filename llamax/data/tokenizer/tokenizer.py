@@ -105,11 +105,8 @@ class SentencePiece:
         self.path, self.raw = path, raw
         self.fast: FastEngine | None = None
         self.base_size: int = self._engine.vocab_size()
-        self.special = {
-            self._engine.id_to_piece(number): number
-            for number in range(self.base_size)
-            if self._engine.is_control(number)
-        }
+        control = self._engine.is_control([*range(self.base_size)])
+        self.special = {self._engine.id_to_piece(n): n for n, is_it in enumerate(control) if is_it}
         self.bos_id, self.eos_id = _id(self._engine.bos_id()), _id(self._engine.eos_id())
         self.added, self.strips, self.adds_bos = {}, {}, self.bos_id is not None
         alone = state_of(self)
@@ -203,6 +200,8 @@ class SentencePiece:
         return [np.array(ids, np.uint32) for ids in self._bare.encode(list(texts))]
 
     def encode_rest(self, text: str) -> Ids:
+        if self.fast is not None and not self._inline:
+            return self.fast.encode(text, self._encode_bare, False)
         return self.encode_after([text])[0]
 
     @cached_property
