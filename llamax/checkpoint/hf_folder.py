@@ -22,6 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamax.checkpoint.adapter_folders import (
+    ADAPTER_SHARDS,
+    adapter_folder,
+    holds_adapters,
+)
 from llamax.checkpoint.atomic import explain_write_errors
 from llamax.checkpoint.hf_files import StoredWeight, names_without_index, read_weights
 from llamax.checkpoint.hf_quantized import check_quantization
@@ -37,7 +42,6 @@ from llamax.runtime.errors import CheckpointError
 from llamax.runtime.files import is_file_name, new_file
 from llamax.runtime.hub import local_folder
 from llamax.runtime.hub_files import (
-    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CONFIG_JSON,
     GENERATION_CONFIG,
@@ -49,7 +53,6 @@ from llamax.runtime.hub_files import (
 from llamax.runtime.json_reader import JsonError
 from llamax.runtime.logging import logger
 
-ADAPTER_SHARDS = "adapter_shards"
 PICKLED_WEIGHTS = "adapter_model.bin"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 MAX_JSON_BYTES = 64 << 20
@@ -238,9 +241,11 @@ def check_floating(dtypes: Mapping[str, torch.dtype], folder: Path) -> None:
 
 def _check_no_adapters(folder: Path) -> None:
     """Raise CheckpointError for a folder of PEFT, which has adapters and no weights of a model."""
-    adapters = any((folder / name).is_file() for name in (ADAPTER_WEIGHTS, PICKLED_WEIGHTS))
+    names = (ADAPTER_WEIGHTS, PICKLED_WEIGHTS, ADAPTER_SHARDS)
+    place = adapter_folder(folder)
+    adapters = any((place / name).exists() for name in names)
     model = any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_JSON))
-    if (folder / ADAPTER_CONFIG).is_file() and adapters and not model:
+    if holds_adapters(place) and adapters and not model:
         raise CheckpointError(
             f"{folder} holds adapters, not a model; merge them with llamax merge first"
         )
@@ -264,24 +269,11 @@ def open_source(path: Path | str) -> Source:
     if (path / CONFIG_JSON).is_file():
         return HfFolder(path)
     if not (path / MANIFEST).exists() and newest_checkpoint(path) is None:
-        refuse_adapter_shards(path)
         raise CheckpointError(
             f"{path} holds no model: give a Hugging Face folder (with {CONFIG_JSON}), the folder "
             "of a checkpoint, or a run's folder with a complete checkpoint"
         )
     return Checkpoint(find_checkpoint(path))
-
-
-def refuse_adapter_shards(folder: Path) -> None:
-    """Raise CheckpointError for adapters as optimum-neuron's trainer saves them, a file a rank."""
-    places = [folder, folder / ADAPTER_SHARDS, *folder.glob(f"adapter_*/{ADAPTER_SHARDS}")]
-    shards = next((p for p in places if p.name == ADAPTER_SHARDS and p.is_dir()), None)
-    if shards is not None:
-        raise CheckpointError(
-            f"{shards} holds adapters in shards of optimum-neuron, which llamax does not read; "
-            f"join them with `optimum-cli neuron consolidate {shards.parent.parent} PEFT`, and "
-            f"copy {shards.parent.name}/{ADAPTER_CONFIG} to PEFT"
-        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 
     checkpoint   step-00000100/   a llamax manifest with ``finetune`` and ``base`` in its state
     PEFT folder  adapter_config.json, adapter_model.safetensors, and base.json of llamax
+                 or adapter_shards/ of optimum-neuron in the place of adapter_model.safetensors
 
 Adapters are useless without their base model, so both forms record it: the folder it was loaded
 from, and a fingerprint, the sha256 of every tensor's name, shape and a few of its elements.  The
@@ -26,24 +27,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llamax.checkpoint import slabs
+from llamax.checkpoint.adapter_folders import ADAPTER_SHARDS, adapter_folder, holds_adapters
 from llamax.checkpoint.adapter_record import AdapterInfo as AdapterInfo
 from llamax.checkpoint.adapter_record import base_problems, recorded
 from llamax.checkpoint.atomic import new_folder
-from llamax.checkpoint.hf_folder import (
-    PICKLED_WEIGHTS,
-    check_floating,
-    read_json,
-    refuse_adapter_shards,
-    write_json,
-)
+from llamax.checkpoint.formats.optimum_adapters import AdapterShards, Factor
+from llamax.checkpoint.hf_folder import PICKLED_WEIGHTS, check_floating, read_json, write_json
 from llamax.checkpoint.listing import find_checkpoint
 from llamax.checkpoint.peft_settings import PeftSettings, problems
 from llamax.checkpoint.places import find_folder
 from llamax.checkpoint.prompt_record import write_prompt
 from llamax.checkpoint.reader import Checkpoint
-from llamax.checkpoint.runs import Run, whole_run
+from llamax.checkpoint.runs import Run, overlaps, whole_run
 from llamax.checkpoint.safetensors_io import TensorEntry, read_header, write_safetensors
 from llamax.checkpoint.source import FileSource, Piece, Source
 from llamax.config.rules.finetune import LINEAR
@@ -112,15 +110,18 @@ class PeftFolder(FileSource):
             raise CheckpointError(f"{self.folder / ADAPTER_CONFIG}: {line}")
         self.settings = PeftSettings.of(config)
         self._path = self.folder / ADAPTER_WEIGHTS
-        if not self._path.exists():
-            refuse_adapter_shards(self.folder)
-        if not self._path.exists() and (self.folder / PICKLED_WEIGHTS).exists():
+        self._shards: AdapterShards | None = None
+        self._held: tuple[str, Tensor] | None = None  # the tensor that was joined last
+        if not self._path.exists() and (self.folder / ADAPTER_SHARDS).is_dir():
+            self._path, self._shards = self.folder / ADAPTER_SHARDS, AdapterShards(self.folder)
+        elif not self._path.exists() and (self.folder / PICKLED_WEIGHTS).exists():
             raise CheckpointError(
                 f"{self.folder} has {PICKLED_WEIGHTS}, a pickle, and no {ADAPTER_WEIGHTS}; load it "
                 "with PEFT and save it with save_pretrained(safe_serialization=True)"
             )
-        self._entries: dict[str, TensorEntry] = {}
-        for stored, entry in read_header(self._path).items():
+        self._entries: dict[str, TensorEntry | Factor] = {}
+        header = read_header(self._path) if self._shards is None else self._shards.factors
+        for stored, entry in header.items():
             if (name := stored.removeprefix(PEFT_PREFIX)) in self._entries:
                 raise CheckpointError(
                     f"{self._path} has {name[:80]} with and without {PEFT_PREFIX} before it; save "
@@ -168,7 +169,22 @@ class PeftFolder(FileSource):
 
     def pieces(self, name: str, kind: str, run: Run) -> list[Piece]:
         entry = self._entries[name]
+        assert isinstance(entry, TensorEntry), "shards are joined"
         return [Piece(self._path, entry.offset, whole_run(entry.shape))]
+
+    def _fetch(self, name: str, kind: str, run: Run, into: Tensor) -> None:
+        entry = self._entries[name]
+        if isinstance(entry, TensorEntry):
+            super()._fetch(name, kind, run, into)
+            return
+        if self._held is None or self._held[0] != name:
+            assert self._shards is not None
+            self._held = name, self._shards.read(entry).view(-1)
+        whole = self._held[1]
+        for copy in overlaps(whole_run(entry.shape), run):
+            size = copy.rows, copy.columns
+            rows = whole[copy.source :].as_strided(size, (copy.source_stride, 1))
+            into[copy.target :].as_strided(size, (copy.target_stride, 1)).copy_(rows)
 
 
 def _adapted(settings: PeftSettings, names: Iterable[str]) -> tuple[str, bool]:
@@ -200,8 +216,8 @@ def _adapted(settings: PeftSettings, names: Iterable[str]) -> tuple[str, bool]:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether ``path`` is a PEFT folder, or a checkpoint or run of adapters."""
-    if (path / ADAPTER_CONFIG).is_file():
+    """Whether ``path`` is a PEFT folder, a checkpoint or run of adapters, or optimum-neuron's."""
+    if holds_adapters(path := adapter_folder(path)):
         return True
     try:
         return adapter_info(Checkpoint(find_checkpoint(path), verify=False)) is not None
@@ -212,16 +228,17 @@ def is_adapter(path: Path) -> bool:
 def open_adapter(path: Path | str) -> tuple[Source, AdapterInfo]:
     """Open a PEFT folder, a checkpoint of adapters or a run's newest one; return its info too.
 
+    Of optimum-neuron's trainer also the folder that it saved in, see ``adapter_folder``.
+
     Raises CheckpointError if ``path`` holds no adapters.
     """
     path = local_folder(path, MODEL)
     if not path.is_dir():
         raise CheckpointError(f"there is no folder {path}; give a folder with adapters in it")
     source: Source | None = None
-    if (path / ADAPTER_CONFIG).is_file():
+    if holds_adapters(path := adapter_folder(path)):
         source = PeftFolder(path)
     elif not (path / "config.json").is_file():
-        refuse_adapter_shards(path)
         source = Checkpoint(find_checkpoint(path))
     info = None if source is None else adapter_info(source)
     if source is None or info is None:
@@ -266,7 +283,7 @@ def export_adapter(adapter: Checkpoint, out: Path | str) -> Path:
     """
     info = adapter_info(adapter)
     assert info is not None, "only adapters are exported"
-    finetune, buffers = info.finetune, slabs.new_buffers()
+    finetune = info.finetune
     config: dict[str, object] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -280,12 +297,28 @@ def export_adapter(adapter: Checkpoint, out: Path | str) -> Path:
         "inference_mode": True,
     }
     with new_folder(Path(out)) as folder:
-        streams = []
-        for name in adapter.names():
-            stream = slabs.stream_tensor(adapter, name, "weight", adapter.dtype(name), buffers)
-            streams.append(stream._replace(name=PEFT_PREFIX + name))
-        write_safetensors(folder / ADAPTER_WEIGHTS, streams)
+        _write_factors(adapter, folder)
         for name, value in ((ADAPTER_CONFIG, config), (BASE_JSON, info.state()["base"])):
             write_json(folder / name, value)
         write_prompt(adapter, folder)
     return Path(out)
+
+
+def write_joined(adapter: PeftFolder, out: Path | str) -> Path:
+    """Write adapters in shards as a folder that PEFT loads; return that folder.
+
+    Raises CheckpointError if ``out`` exists or the disk is full.
+    """
+    with new_folder(Path(out)) as folder:
+        _write_factors(adapter, folder)
+        write_json(folder / ADAPTER_CONFIG, read_json(adapter.folder / ADAPTER_CONFIG))
+    return Path(out)
+
+
+def _write_factors(adapter: Source, folder: Path) -> None:
+    """Write the tensors of adapters as PEFT names them."""
+    buffers, streams = slabs.new_buffers(), []
+    for name in adapter.names():
+        stream = slabs.stream_tensor(adapter, name, "weight", adapter.dtype(name), buffers)
+        streams.append(stream._replace(name=PEFT_PREFIX + name))
+    write_safetensors(folder / ADAPTER_WEIGHTS, streams)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from llamax.checkpoint.adapter_folders import adapter_folder, holds_adapters
 from llamax.checkpoint.build_model import default_dtype, load_int8, load_tuned
 from llamax.checkpoint.hf_folder import has_tokenizer, open_source
 from llamax.checkpoint.load import load_weights
@@ -47,7 +48,7 @@ from llamax.parallel.collectives import Axis
 from llamax.runtime.errors import ConfigError, DataError
 from llamax.runtime.files import read_input
 from llamax.runtime.hub import local_folder
-from llamax.runtime.hub_files import ADAPTER_CONFIG, CHAT_TEMPLATE, MODEL, TOKENIZER
+from llamax.runtime.hub_files import CHAT_TEMPLATE, MODEL, TOKENIZER
 from llamax.runtime.logging import logger
 from llamax.runtime.units import count, show_bytes
 
@@ -136,7 +137,7 @@ def open_model(path: Path, tokenizer: str = "", base: str = "") -> LoadedModel:
     path = local_folder(path, MODEL)
     adapter: Source | None = None
     info: AdapterInfo | None
-    if (path / ADAPTER_CONFIG).is_file():
+    if holds_adapters(adapter_folder(path)):
         adapter, info = open_adapter(path)
     else:
         source = open_source(path)

@@ -17,12 +17,13 @@ import support.checkpoints as worlds
 from llamax.checkpoint import Checkpoint, hf_folder
 from llamax.checkpoint.atomic import failure_of, read_note
 from llamax.checkpoint.formats import convert, torch_pickle
-from llamax.checkpoint.peft import PeftFolder, adapter_info
+from llamax.checkpoint.peft import adapter_info, open_adapter
 from llamax.checkpoint.places import STARTED_IN, dataset_of
-from llamax.checkpoint.plain_llama import MODEL_CLASS
+from llamax.checkpoint.plain_llama import MODEL_CLASS, plain_shapes
 from llamax.checkpoint.prompt_record import prompt_of
 from llamax.checkpoint.safetensors_io import read_header, read_metadata
 from llamax.config.model import ModelConfig
+from llamax.config.rules.finetune import LINEAR
 from llamax.data.chat.record import PROMPT, PromptRecord, with_system
 from llamax.data.chat.templates import Template, make_sample
 from llamax.inference.sampling import sampling_of
@@ -31,6 +32,7 @@ from llamax.runtime.text import printable
 from llamax.tools.inspect.description import describe, table
 from llamax.training.early_stopping import EarlyStopping
 from support import foreign, foreign_megatron, foreign_nnm
+from support.foreign_adapters import optimum_adapter
 from support.fuzz_data import TEMPLATE
 from support.fuzzing import change_value, shown
 
@@ -167,8 +169,22 @@ def adapter(folder: Path) -> None:
     (folder / "base.json").write_text(json.dumps({"folder": "b", "fingerprint": "0" * 64}))
 
 
+def adapter_shards(folder: Path) -> None:
+    shapes = plain_shapes(MODEL)
+    whole = {}
+    for name, shape in shapes.items():
+        if name.endswith("_proj.weight"):
+            home = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+            whole[f"{home}A.weight"] = torch.ones(2, shape[1])
+            whole[f"{home}B.weight"] = torch.ones(shape[0], 2)
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": [*LINEAR]}
+    optimum_adapter(folder, whole, settings, MODEL, tp=2, copies=2)
+
+
 def read_adapter(folder: Path) -> None:
-    PeftFolder(folder)
+    source, _ = open_adapter(folder)
+    for name in source.names():
+        source.read(name)
     shown(table([*describe(folder)]))
 
 

@@ -199,6 +199,12 @@ TARGETS = [
         {"*.json": J, "*.safetensors": B},
         models.read_adapter,
     ),
+    Target(
+        "adapters in shards",
+        models.adapter_shards,
+        {"adapter_default/**/*.json": J, "adapter_default/**/*.pt": B},
+        models.read_adapter,
+    ),
     Target("pickles", models.pickled, {"data.pkl": B}, models.read_pickle),
     *(
         Target(

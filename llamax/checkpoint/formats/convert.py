@@ -23,6 +23,7 @@ from torch import Tensor
 
 from llamax.checkpoint import hf_writer
 from llamax.checkpoint import manifest as files
+from llamax.checkpoint.adapter_folders import ADAPTER_SHARDS, adapter_folder
 from llamax.checkpoint.atomic import explain_write_errors, new_folder
 from llamax.checkpoint.consolidate import size
 from llamax.checkpoint.formats.base import ForeignCheckpoint
@@ -36,7 +37,8 @@ from llamax.checkpoint.formats.optimum import (
     OptimumCheckpoint,
     checkpoints_in,
 )
-from llamax.checkpoint.hf_folder import EMBEDDING, check_floating, refuse_adapter_shards, write_json
+from llamax.checkpoint.hf_folder import EMBEDDING, check_floating, write_json
+from llamax.checkpoint.peft import PeftFolder, write_joined
 from llamax.checkpoint.runs import whole_run
 from llamax.checkpoint.safetensors_io import (
     TAGS,
@@ -100,7 +102,7 @@ def import_checkpoint(
 
     Args:
         folder: The checkpoint's folder.
-        out: Folder to make.
+        out: Folder to make; of adapters in shards of optimum-neuron one that PEFT loads.
         format: "nxd", "optimum", "nemo" or "meta"; "auto" looks at the files.
         to: "hub" writes a Hugging Face folder of the weights, "llamax" a checkpoint that training
             resumes from, with the optimizer's state where there is one.
@@ -123,6 +125,12 @@ def import_checkpoint(
     if to not in ("hub", "llamax"):
         raise ConfigError(f"`to={to}` is not known; use hub or llamax")
     shard_bytes, out = size(max_shard_size), Path(out)
+    chosen = Path(folder) / f"checkpoint-{step}"
+    adapters = adapter_folder(chosen if chosen.is_dir() else Path(folder))
+    if (adapters / ADAPTER_SHARDS).is_dir():
+        if step is not None and adapters.parent.name != chosen.name:
+            raise CheckpointError(f"{folder} has no adapters of {chosen.name}; leave `step` out")
+        return _import_adapter(adapters, out, to, started, progress)
     source = open_folder(folder, format, config, not weights_only, step)
     kinds = tuple(source.kinds) if to == "llamax" else ("weight",)
     total = sum(size_bytes(source, name, kind) for name in source.shapes for kind in kinds)
@@ -132,6 +140,21 @@ def import_checkpoint(
     else:
         to_llamax(source, out, consumed_sequences, progress)
     return Imported(out, source.step, source.origin, len(source.shapes), kinds, total)
+
+
+def _import_adapter(
+    folder: Path, out: Path, to: str, started: Progress, progress: Progress
+) -> Imported:
+    """Write adapters in shards of optimum-neuron as a PEFT folder."""
+    if to != "hub":
+        raise ConfigError(f"`to={to}`: {folder} holds adapters, which become a PEFT folder: hub")
+    source = PeftFolder(folder)
+    total = sum(math.prod(source.shape(n)) * source.dtype(n).itemsize for n in source.names())
+    started(total)
+    write_joined(source, out)
+    progress(total)
+    origin = f"{folder.parent.name}/{folder.name}"
+    return Imported(out, 0, origin, len(source.names()), ("weight",), total)
 
 
 def guess(folder: Path) -> str:
@@ -164,7 +187,6 @@ def open_folder(
     is missing, damaged or of no known format, and ConfigError for an unknown ``format``.
     """
     folder = Path(folder)
-    refuse_adapter_shards(folder)
     if format not in ("auto", *FORMATS):
         raise ConfigError(f"format={format} is not known; use auto, {', '.join(FORMATS)}")
     if not folder.is_dir():

@@ -126,7 +126,9 @@ class NxdTarget:
         model, E = self.model, self.model.head_dim
         leaf = name.rpartition("self_attn.")[2]
         if leaf.startswith(("q_", "o_")):
-            heads = replicated_query_order(model, self.kv_multiplier)
+            heads = replicated_query_order(
+                model.num_attention_heads, model.num_key_value_heads, self.kv_multiplier
+            )
         elif leaf.startswith(("k_", "v_")):
             heads = [*range(model.num_key_value_heads)] * self.kv_multiplier
         else:

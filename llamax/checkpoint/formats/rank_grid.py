@@ -127,7 +127,7 @@ class RankGrid(ForeignCheckpoint):
             )
         if isinstance(how, Replica):
             if not all(torch.equal(share, shares[0]) for share in shares[1:]):
-                _warn_of_other_replicas(self.folder, location.name)
+                warn_of_other_replicas(self.folder, location.name)
             return location.rows(shares[0])
         (block,) = how.blocks
         try:
@@ -151,7 +151,8 @@ class RankGrid(ForeignCheckpoint):
         """The heads of an attention weight in the model's order, each head once."""
         if name.endswith(("k_proj.weight", "v_proj.weight")):
             return joined[: len(joined) // replicas]
-        order = torch.tensor(replicated_query_order(self.model, replicas)).argsort()
+        query_heads, kv_heads = self.model.num_attention_heads, self.model.num_key_value_heads
+        order = torch.tensor(replicated_query_order(query_heads, kv_heads, replicas)).argsort()
         heads: Tensor = joined.unflatten(dim, (len(order), -1))
         return heads.index_select(dim, order).flatten(dim, dim + 1)
 
@@ -208,7 +209,7 @@ class RankGrid(ForeignCheckpoint):
 
 
 @cache
-def _warn_of_other_replicas(folder: Path, name: str) -> None:
+def warn_of_other_replicas(folder: Path, name: str) -> None:
     """Warn of what every rank should have alike, once for each folder and name."""
     logger.warning(
         "%s: %s has other values on some tensor rank than on the first, whose are taken; are all "
@@ -218,10 +219,9 @@ def _warn_of_other_replicas(folder: Path, name: str) -> None:
     )
 
 
-def replicated_query_order(model: ModelConfig, replicas: int) -> list[int]:
+def replicated_query_order(query_heads: int, kv_heads: int, replicas: int) -> list[int]:
     """The order of the query heads when the key/value heads are repeated ``replicas`` times."""
-    kv_heads = model.num_key_value_heads
-    group = model.num_attention_heads // kv_heads
+    group = query_heads // kv_heads
     queries = group // replicas
     return [
         kv * group + replica * queries + i

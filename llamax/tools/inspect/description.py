@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamax.checkpoint import manifest as files
+from llamax.checkpoint.adapter_folders import ADAPTER_SHARDS, adapter_folder, holds_adapters
 from llamax.checkpoint.adapter_record import AdapterInfo, recorded
 from llamax.checkpoint.listing import suggest_intact
 from llamax.checkpoint.safetensors_header import DTYPE_NAMES
@@ -23,7 +24,7 @@ from llamax.config.step_folders import is_checkpoint, list_checkpoints
 from llamax.data.chat.record import PROMPT, PromptRecord
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.hub import local_folder
-from llamax.runtime.hub_files import ADAPTER_CONFIG, CONFIG_JSON, MODEL, TOKENIZER_FILES
+from llamax.runtime.hub_files import CONFIG_JSON, MODEL, TOKENIZER_FILES
 from llamax.runtime.progress import Progress
 from llamax.runtime.text import printable_line
 from llamax.runtime.units import amount, count, show_bytes, show_number
@@ -66,8 +67,8 @@ def describe(path: Path | str, verify: bool = False) -> Rows:
         return _container(path, verify)
     if is_checkpoint(path):
         return _checkpoint(path, verify)
-    if (path / ADAPTER_CONFIG).is_file():
-        return _adapter(path, verify)
+    if holds_adapters(folder := adapter_folder(path)):
+        return _adapter(folder, verify)
     if (path / CONFIG_JSON).is_file():
         return _hub(path, verify)
     if list_checkpoints(path):
@@ -174,7 +175,9 @@ def _lora(info: AdapterInfo) -> Rows:
 
 def _weights(source: HfFolder | PeftFolder) -> Rows:
     yield _tensors(Counter(("weight", _name(source.dtype(name))) for name in source.names()))
-    yield _files(file.stat().st_size for file in source.folder.glob("*.safetensors"))
+    patterns = ("*.safetensors", f"{ADAPTER_SHARDS}/model/**/*.pt")
+    files = (file for pattern in patterns for file in source.folder.glob(pattern))
+    yield _files(file.stat().st_size for file in files)
 
 
 def _tensors(counts: Mapping[tuple[str, str], int]) -> Row:

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llamax.checkpoint.adapter_folders import ADAPTER_SHARDS
 from llamax.checkpoint.hf_folder import HfFolder, read_json
 from llamax.checkpoint.listing import newest_checkpoint
 from llamax.checkpoint.load import check_shapes
@@ -24,7 +25,7 @@ from llamax.model.llama import Llama
 from llamax.runtime.errors import CheckpointError, ConfigError, HubError
 from llamax.runtime.hub import forget_revisions
 from llamax.runtime.hub_errors import explained
-from llamax.runtime.hub_files import ADAPTER_CONFIG, BASE_JSON, CONFIG_JSON, MODEL
+from llamax.runtime.hub_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_JSON, CONFIG_JSON, MODEL
 from llamax.runtime.hub_name import COMMIT, HubName, hub_name
 from llamax.runtime.progress import reported
 from llamax.runtime.text import in_shell
@@ -141,6 +142,12 @@ def _refuse_a_run(folder: Path) -> None:
     """Raise CheckpointError for a folder that is not exported, with the command to run first."""
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}; give the folder of an exported model")
+    if (folder / ADAPTER_SHARDS).is_dir() and not (folder / ADAPTER_WEIGHTS).is_file():
+        out = in_shell(folder.with_name(f"{folder.name}-peft"))
+        raise CheckpointError(
+            f"{folder} holds adapters in shards; first: llamax import {in_shell(folder)} "
+            f"--out {out}, then push that folder"
+        )
     if (folder / ADAPTER_CONFIG).is_file() or (folder / CONFIG_JSON).is_file():
         return
     is_checkpoint = (folder / MANIFEST).is_file()
