@@ -15,7 +15,8 @@ neuron  trn2, trn3 by TorchNeuron  torch.distributed, neuron
 
 from __future__ import annotations
 
-from llamax.backends.base import NAMES, TRAINING, Backend, Words
+from llamax.backends.base import TRAINING, Backend, Words
+from llamax.config.choices import BACKENDS
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import BackendError
 
@@ -47,5 +48,5 @@ def choose(
         return Neuron(rendezvous, words)
     raise BackendError(
         f"{words.backend(name)} is not available in this version of llamax; use "
-        f"{' or '.join(NAMES)}"
+        f"{' or '.join(BACKENDS)}"
     )

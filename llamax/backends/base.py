@@ -13,9 +13,6 @@ from torch import Tensor
 from llamax.parallel.collectives import Axes
 from llamax.parallel.mesh import Mesh
 
-EAGER = ("cpu", "cuda", "neuron")  # run each operation immediately, so values can be read
-NAMES = (*EAGER, "xla")
-
 
 @dataclass(frozen=True)
 class Words:

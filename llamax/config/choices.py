@@ -9,7 +9,7 @@ MODEL_DTYPES = ("float32", "bfloat16", "float16")
 """Types in which a model computes."""
 
 EAGER_BACKENDS = ("cpu", "cuda", "neuron")
-"""Backends that run each operation at once, and so read values as they go."""
+"""Backends, and devices, that run each operation at once, so that values can be read as they go."""
 
 BACKENDS = (*EAGER_BACKENDS, "xla")
 """All backends."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from llamax.backends.base import EAGER
 from llamax.backends.transfer import at_home, settle
+from llamax.config.choices import EAGER_BACKENDS
 from llamax.config.constants import STATE_BLOCK
 from llamax.optim.blockwise import Blockwise
 from llamax.optim.buckets import Piece, Segment, buckets, padded, pieces, shared_spans
@@ -158,7 +158,7 @@ class Group:
         self.length = padded(sum(self.lengths), unit)
         self.weights = self._flat_weights(axes)
         self.device = device = self.weights.device
-        self.separate = key.dtype != torch.float32 or device.type not in EAGER
+        self.separate = key.dtype != torch.float32 or device.type not in EAGER_BACKENDS
         shared = axes.kv.size > 1 and any(segment.shared for segment in counted)
         self.shares = shared
         self.gradient: Tensor | None = None

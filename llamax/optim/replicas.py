@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor
 
-from llamax.backends.base import EAGER
+from llamax.config.choices import EAGER_BACKENDS
 from llamax.parallel.collectives import Axes
 from llamax.runtime.errors import ConfigError
 
@@ -30,7 +30,7 @@ class ReplicaCheck:
 
     def __init__(self, replicas: Mapping[str, Tensor], axes: Axes, summed: bool) -> None:
         self.axes, self.summed = axes, summed
-        eager = axes.tp.rank_index.device.type in EAGER
+        eager = axes.tp.rank_index.device.type in EAGER_BACKENDS
         self.pending = dict.fromkeys(replicas) if axes.tp.size > 1 and eager else {}
 
     def check(self, gradients_of: Callable[[Collection[str]], Mapping[str, Tensor]]) -> None:
@@ -71,7 +71,8 @@ def check_equal(replicas: Mapping[str, Tensor], axes: Axes) -> None:
 
     On devices that trace programs nothing is checked.
     """
-    if axes.world.size == 1 or axes.world.rank_index.device.type not in EAGER or not replicas:
+    eager = axes.world.rank_index.device.type in EAGER_BACKENDS
+    if axes.world.size == 1 or not eager or not replicas:
         return
     values = [tensor.detach().double().flatten() for tensor in replicas.values()]
     marks = [

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamax.backends.base import EAGER
 from llamax.backends.transfer import moved
+from llamax.config.choices import EAGER_BACKENDS
 from llamax.config.constants import SPIKES_STATE as STATE
 from llamax.config.schema import OptimConfig
 from llamax.runtime.errors import CheckpointError
@@ -53,7 +53,7 @@ class SpikeFilter:
         if optim.skip_spikes == "off":
             return None
         made = cls(optim)
-        if device.type in EAGER:
+        if device.type in EAGER_BACKENDS:
             made.to(device)
         return made
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import batchnorm, conv, instancenorm, pooling
 
-from llamax.backends.base import EAGER
+from llamax.config.choices import EAGER_BACKENDS
 from llamax.model.llama import Attend, Attention, Llama
 from llamax.parallel.collectives import Axes
 from llamax.runtime.errors import ConfigError
@@ -96,7 +96,7 @@ class SumCheck:
 
     def __init__(self, model: Llama, axes: Axes) -> None:
         self.name, self.axes = type(model).__qualname__, axes
-        eager = axes.tp.rank_index.device.type in EAGER
+        eager = axes.tp.rank_index.device.type in EAGER_BACKENDS
         self.pending = eager and axes.tp.size > 1 and type(model).loss is not Llama.loss
 
     def check(self, sums: Tensor, first: Tensor) -> None:

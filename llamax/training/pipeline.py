@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llamax.backends.base import EAGER
+from llamax.config.choices import EAGER_BACKENDS
 from llamax.model.dropout import Dropout
 from llamax.parallel import regions
 from llamax.parallel.collectives import Axes, Axis, Reduction
@@ -197,7 +197,7 @@ def start_swap(axis: Axis, x: Tensor) -> Callable[[], Tensor]:
 
     Devices that trace programs gather both and pick by a tensor, so that both run one program.
     """
-    if x.device.type in EAGER:
+    if x.device.type in EAGER_BACKENDS:
         return axis.start_shift(x)
     both = axis.all_gather(x.unsqueeze(0), 0)
     picked = both.index_select(0, 1 - axis.rank_index).squeeze(0)
@@ -226,7 +226,7 @@ class Apart:
 
 def apart(axes: Axes, boundary: Callable[[], None]) -> Axes:
     """The axes of a stage: where its programs differ from other stages', common sums are apart."""
-    if axes.pp.size == 1 or axes.world.rank_index.device.type in EAGER:
+    if axes.pp.size == 1 or axes.world.rank_index.device.type in EAGER_BACKENDS:
         return axes
     world, ends = (cast(Axis, Apart(axis, boundary)) for axis in (axes.world, axes.ends))
     return replace(axes, world=world, ends=ends)
