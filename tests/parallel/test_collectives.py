@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from support.metering import Meter, Metered
 from support.models import tiny
 from support.world import Worlds, axes
 from torch import Tensor
@@ -17,7 +18,7 @@ from llamax.config.schema import OptimConfig
 from llamax.data.loader import Batch
 from llamax.model.llama import Llama
 from llamax.optim.zero import Zero
-from llamax.parallel.collectives import Axis, Meter, Metered, Solo
+from llamax.parallel.collectives import Axis, Solo
 from llamax.parallel.mesh import Mesh
 from llamax.training.step import TrainState
 

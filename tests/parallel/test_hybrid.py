@@ -17,6 +17,7 @@ import pytest
 import torch
 from support import adapters
 from support.memory import held_bytes
+from support.metering import Meter, Metered
 from support.models import TIED
 from support.models import TINY as MODEL
 from support.planted import defect, replaced
@@ -30,7 +31,7 @@ from llamax.model.llama import Llama
 from llamax.model.lora_linear import FrozenLinear
 from llamax.optim.reduced_groups import ReducedGroup
 from llamax.optim.zero import Zero
-from llamax.parallel.collectives import Axes, Meter, Metered, Solo
+from llamax.parallel.collectives import Axes, Solo
 from llamax.parallel.mesh import Mesh
 
 TOLERANCE = 1e-6

@@ -23,6 +23,7 @@ from support.adapters import (
     differences,
     steps,
 )
+from support.metering import Meter, Metered
 from support.planted import replaced
 from support.world import Worlds, axes
 from torch import Tensor
@@ -34,7 +35,7 @@ from llamax.model.llama import Llama
 from llamax.model.lora_linear import FrozenLinear
 from llamax.model.qlora import Nf4, Share, expected, held, share_of
 from llamax.parallel import sharding
-from llamax.parallel.collectives import Axes, Meter, Metered
+from llamax.parallel.collectives import Axes
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.spread import Spread
 

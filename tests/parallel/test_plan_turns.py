@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.metering import Meter, Metered
 from support.models import tiny
 from support.runs import share as share_of
 from support.world import Worlds, axes
@@ -13,7 +14,7 @@ from support.world import Worlds, axes
 from llamax.config.schema import Config, DataConfig, OptimConfig, ParallelConfig, RunConfig
 from llamax.model.llama import DTYPES, Llama
 from llamax.optim.zero import Zero
-from llamax.parallel.collectives import Axes, Meter, Metered
+from llamax.parallel.collectives import Axes
 from llamax.parallel.mesh import Mesh
 from llamax.tools.plan.roofline import turns
 

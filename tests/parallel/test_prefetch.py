@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from support.metering import Meter, Metered
 from support.models import TINY
 from support.step_reference import build, share, training
 from support.world import Worlds, axes
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from llamax.backends.torch_axes import GlooAxis, TorchAxis
 from llamax.model.recompute import Recompute
-from llamax.parallel.collectives import Meter, Metered
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.prefetch import Prefetch
 from llamax.parallel.spread import spread_weights

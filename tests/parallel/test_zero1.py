@@ -17,13 +17,14 @@ from unittest import mock
 import pytest
 import torch
 from support.memory import held_bytes
+from support.metering import Meter, Metered
 from support.world import Worlds, axes
 from torch import Tensor
 from torch.nn import Parameter
 
 from llamax.config.schema import OptimConfig
 from llamax.optim import Zero, adamw, groups, zero
-from llamax.parallel.collectives import Axes, Meter, Metered
+from llamax.parallel.collectives import Axes
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.sharding import (
     Block,

@@ -19,6 +19,7 @@ import pytest
 import torch
 from support import adapters
 from support.memory import held_bytes
+from support.metering import Meter, Metered
 from support.models import TIED
 from support.models import TINY as MODEL
 from support.step_reference import (
@@ -38,7 +39,7 @@ from llamax.model.llama import FeedForward, Llama
 from llamax.model.lora_linear import FrozenLinear
 from llamax.model.recompute import Recompute
 from llamax.optim.zero import Zero
-from llamax.parallel.collectives import Axes, Meter, Metered
+from llamax.parallel.collectives import Axes
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.placeholder import Placeholder
 from llamax.parallel.sharding import Block, Shard, ShardedParameter, ShardedParameters

@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from llamax.backends.xla import Xla
-from llamax.parallel.collectives import Axes, Axis, Meter, Metered
+from llamax.parallel.collectives import Axes, Axis
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.pipeline import edge_name
 from support import ranks
+from support.metering import Meter, Metered
 
 
 class Meeting(Metered):

@@ -17,10 +17,11 @@ from llamax.model.llama import Llama
 from llamax.model.recompute import Recompute
 from llamax.optim import Zero
 from llamax.parallel import context_parallel, pipeline, sharding
-from llamax.parallel.collectives import Axes, Axis, Meter, Metered
+from llamax.parallel.collectives import Axes, Axis
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.sharding import Cut
 from llamax.training.step import TrainState
+from support.metering import Meter, Metered
 from support.models import TINY as MODEL
 from support.world import axes
 
