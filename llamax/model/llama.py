@@ -140,26 +140,18 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x_BsD: Tensor, cos_BSE: Tensor, sin_BSE: Tensor, attend: Attend, mode: Recompute
     ) -> Tensor:
-        def attended(x_BsD: Tensor) -> Tensor:
-            normed_BsD = self.input_layernorm(x_BsD)
-            rerun = mode == "selective"
-            y_BsD: Tensor = self.self_attn(normed_BsD, cos_BSE, sin_BSE, attend, rerun)
-            return x_BsD + y_BsD
-
         def block(x_BsD: Tensor) -> tuple[Tensor, Tensor]:
-            x_BsD = attended(x_BsD)
-            first_part = self.mlp.partial if splits else self.mlp
-            return x_BsD, first_part(self.post_attention_layernorm(x_BsD))
+            more = cos_BSE, sin_BSE, attend, mode == "selective"
+            x_BsD = x_BsD + self.self_attn(self.input_layernorm(x_BsD), *more)
+            mlp = self.mlp.partial if splits else self.mlp
+            return x_BsD, mlp(self.post_attention_layernorm(x_BsD))
 
-        y_BsD: Tensor
+        # Backward reads nothing of the last sum, so it stays outside and is not done again.
         splits = mode == "full" and _splits(self.mlp)
-        if mode == "full":
-            # Backward reads nothing of the last sum, so it stays outside and is not done again.
-            x_BsD, y_BsD = recompute.again(block, x_BsD)
-            y_BsD = self.mlp.down_proj.reduced(y_BsD) if splits else y_BsD
-        else:
-            x_BsD = attended(x_BsD)
-            y_BsD = self.mlp(self.post_attention_layernorm(x_BsD))
+        run = recompute.again if mode == "full" else recompute.plain
+        x_BsD, y_BsD = run(block, x_BsD)
+        if splits:
+            y_BsD = self.mlp.down_proj.reduced(y_BsD)
         return x_BsD + y_BsD
 
 
@@ -311,7 +303,7 @@ class Llama(nn.Module):
         number.  ``positions_BS`` defaults to 0, 1, 2, ...; ``attend`` replaces attention.  With
         ``last_B`` only that place of each sequence is projected, [B,1,V].
         """
-        x_BsD = self.hidden(ids_BS, positions_BS, documents_BS, attend)
+        x_BsD = self.hidden(ids_BS, positions_BS, documents_BS=documents_BS, attend=attend)
         if last_B is not None:
             assert not self.sequence_parallel, "last_B indexes whole sequences"
             x_BsD = ops.at_places(x_BsD, last_B)
@@ -348,8 +340,16 @@ class Llama(nn.Module):
                 f"labels are {list(labels_BS.shape)}, and ids {list(ids_BS.shape)}; give a label "
                 "for every id"
             )
-        more = keys_B, places_S, x_BsD, layers
-        x_BsD = self.hidden(ids_BS, positions_BS, documents_BS, attend, *more)
+        x_BsD = self.hidden(
+            ids_BS,
+            positions_BS,
+            documents_BS=documents_BS,
+            attend=attend,
+            keys_B=keys_B,
+            places_S=places_S,
+            x_BsD=x_BsD,
+            layers=layers,
+        )
         return vocab_parallel_loss(
             x_BsD,
             self.head.dense(),

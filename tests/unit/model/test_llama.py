@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -188,6 +189,20 @@ def test_hooks_see_every_layer_but_the_output_projection() -> None:
         module.register_forward_hook(lambda *_, name=name: seen.add(name))
     model(IDS)
     assert {*dict(model.named_modules())} - seen == {"model.layers", "lm_head"}
+
+
+def test_a_subclass_may_take_the_options_of_hidden_by_name() -> None:
+    class Noted(Llama):
+        def hidden(self, ids_BS: Any, positions_BS: Any = None, **options: Any) -> torch.Tensor:
+            self.options = options
+            return super().hidden(ids_BS, positions_BS, **options)
+
+    model, plain = Noted(LLAMA2).init(seed=0), Llama(LLAMA2).init(seed=0)
+    documents = torch.zeros_like(IDS)
+    given = {"documents_BS": documents}
+    assert model.loss(IDS, IDS, **given)[0] == plain.loss(IDS, IDS, **given)[0]
+    assert model.options["documents_BS"] is documents
+    assert torch.equal(model(IDS, **given), plain(IDS, **given))
 
 
 def test_the_last_token_and_ignored_labels_are_of_the_model() -> None:
