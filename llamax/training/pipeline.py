@@ -103,15 +103,12 @@ class Stage:
         one work to the next: what is alive is part of a program.
         """
         up, down = _Way(), _Way()
-        split = any(work[0] == "weights" for work in works)
+        split = any(map(_is_put_off, works))
         swapped: Callable[[], Tensor] | None = None
         for work, following in pairwise([*works, None]):
             match work:
-                case Swap(edge, up_there, down_here):
-                    above = edge == self.number
-                    way, other = (up, down) if above else (down, up)
-                    sent, received = (up_there, down_here) if above else (down_here, up_there)
-                    swapped = self._swap(self.axes.edge(edge), way, sent, other, received, like)
+                case Swap():
+                    swapped = self._swap(work, up, down, like)
                 case Work("forward", micro):
                     self._forward(micro, up, compute, split)
                     if following != Work("backward", micro):
@@ -121,23 +118,18 @@ class Stage:
                     self.boundary()
                 case Work("weights", micro):
                     self._weights(micro)
-            if swapped and (following is None or following[0] != "weights"):
+            if swapped and not _is_put_off(following):
                 result, swapped = swapped(), None
                 self.boundary()
                 del result  # alive until here, or there would be no program where it is not used
 
-    def _swap(
-        self,
-        axis: Axis,
-        way: _Way,
-        sent: Micro | None,
-        other: _Way,
-        received: Micro | None,
-        like: Tensor,
-    ) -> Callable[[], Tensor]:
-        """Begin to give what leaves on one way; the function takes what arrives on the other."""
+    def _swap(self, swap: Swap, up: _Way, down: _Way, like: Tensor) -> Callable[[], Tensor]:
+        """Begin to give what leaves over an edge; the function takes what arrives there."""
+        above = swap.edge == self.number  # the other rank is one of the stage above
+        way, other = (up, down) if above else (down, up)
+        sent, received = (swap.up, swap.down) if above else (swap.down, swap.up)
         x = self._nothing(like) if sent is None else way.leaving.pop(sent)
-        wait = start_swap(axis, x)
+        wait = start_swap(self.axes.edge(swap.edge), x)
 
         def taken() -> Tensor:
             x = wait()
@@ -190,6 +182,11 @@ class Stage:
             device = self.axes.world.rank_index.device
             self._unused = torch.zeros(like.shape, dtype=like.dtype).to(device)
         return self._unused
+
+
+def _is_put_off(work: Work | Swap | None) -> bool:
+    """Whether this is the gradient of weights that a backward has put off."""
+    return isinstance(work, Work) and work.kind == "weights"
 
 
 def start_swap(axis: Axis, x: Tensor) -> Callable[[], Tensor]:

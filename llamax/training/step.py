@@ -145,10 +145,17 @@ class TrainState:
         microsteps sum ``loss / step_tokens``, and the optimizer scales gradients by step over
         counted tokens, which is 1 where no label is ignored.
         """
-        device, micros = self.axes.data.rank_index.device, [*batches]
-        scaling = self.loss_scale
-        names = self.model.metric_names
-        sums = torch.zeros(2 + len(names)).to(device)  # sent: the first microstep is as the others
+        sums = self._accumulate([*batches], number)
+        return self._update(number, sums, 1.0 if stop else SAVE_REQUEST if save else 0.0)
+
+    def _accumulate(self, micros: Sequence[Batch], number: int) -> Tensor:
+        """Add up the gradients of the microbatches of step ``number``.
+
+        Returns this rank's sums of the loss, of counted tokens and of the model's own metrics.
+        """
+        device, scaling = self.axes.data.rank_index.device, self.loss_scale
+        own_metrics = len(self.model.metric_names)
+        sums = torch.zeros(2 + own_metrics).to(device)  # sent: the first microstep is as the others
 
         def mean_of(total: Tensor) -> Tensor:
             mean = total / self.step_tokens
@@ -169,20 +176,27 @@ class TrainState:
                 y_BsD = self._hidden(batch, keys_B, x_BsD, layers)
                 if (extra := self._auxiliary_loss(layers)) is None:
                     return y_BsD
-                sums = sums + pad(extra.detach()[None], (0, 1 + len(names)))
+                sums = sums + pad(extra.detach()[None], (0, 1 + own_metrics))
                 return with_loss(y_BsD, mean_of(extra))
 
         self._prefetch.begin("step")
         chunks, mode = len(self.model.stage), self.model.model.mode
         split = splits(self.axes.pp.size, chunks, mode, device.type)
         self._run(partial(schedule, split=split), micros, compute)
+        return sums
+
+    def _update(self, number: int, sums: Tensor, request: float) -> Step:
+        """Update by the accumulated gradients; ``sums`` are those of ``_accumulate``.
+
+        ``request``: this rank's, as of ``Step``.
+        """
+        scaling, spikes, names = self.loss_scale, self.spikes, self.model.metric_names
         # Tensor ranks hold the same loss: the first one's counts. NaN on any rank makes a sum NaN.
         first = _of_first(self.axes.tp, sums)
         self._sum_check.check(sums, first)
-        request = 1.0 if stop else SAVE_REQUEST if save else 0.0
         inputs = torch.tensor([self.learning_rate(number), float(number), request])
-        lr, step, asked = inputs.to(device).split(1)
-        numbers, updates, spikes = torch.cat((first, asked)), step, self.spikes
+        lr, step, asked = inputs.to(sums.device).split(1)
+        numbers, updates = torch.cat((first, asked)), step
         accepts: list[Callable[[Tensor], Tensor]] = []
         if spikes is not None:
             numbers = torch.cat((numbers, _of_first(self.axes.world, spikes.bounds())))
