@@ -25,33 +25,28 @@ if __name__ == "__main__":  # the command line imports this module again, after 
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
-import torch
-
 from llamax.backends import choose
 from llamax.checkpoint import lock
 from llamax.checkpoint.listing import newest_checkpoint
-from llamax.checkpoint.places import STARTED_IN
 from llamax.checkpoint.plain_llama import MODEL_CLASS
 from llamax.config.constants import CHECKPOINTS_FOLDER, HEARTBEATS_FOLDER
-from llamax.config.load import dump_config
 from llamax.config.rules.parallel import node_limit
 from llamax.config.rules.pipeline import chunk_layers
 from llamax.config.schema import Config
-from llamax.data.chat.record import PROMPT
 from llamax.model.llama import Llama
 from llamax.optim.adamw import Update
 from llamax.parallel.rendezvous import Rendezvous, rendezvous, report_errors_once
 from llamax.runtime import signals
-from llamax.runtime.errors import CheckpointError, ConfigError, Stopped
+from llamax.runtime.errors import ConfigError, Stopped
 from llamax.runtime.logging import bars_allowed, log_to_file, logger
 from llamax.runtime.text import in_shell
 from llamax.runtime.units import show_time
@@ -76,9 +71,8 @@ from llamax.training.resolve import resolve
 from llamax.training.rewind import Rewind, find_rewind, rewound
 from llamax.training.room import check_room
 from llamax.training.save_timer import SaveTimer
+from llamax.training.saving import save, tolerated
 from llamax.training.setup import (
-    REWINDS,
-    TOKENS,
     Job,
     loaders,
     log_start,
@@ -87,7 +81,6 @@ from llamax.training.setup import (
     writers,
 )
 from llamax.training.step_check import StepCheck
-from llamax.training.step_result import Step
 
 
 def train(config: Config, where: Rendezvous, parts: Parts = LLAMAX) -> None:
@@ -264,9 +257,16 @@ def loop(job: Job, began: float, heart: Heartbeat) -> Rewind | None:
     counts = chunk_layers(config.parallel, config.model.num_hidden_layers)
     stage, tied = job.state.axes.pp, job.state.optimizer.tied
     guard = CompileGuard(counters, run.compile_guard, stage, counts, tied)
-    optim, row = config.optim, (job.skipped_in_a_row, job.skipped_since)
-    check = StepCheck(optim.most_skipped, samples, job.main, *row, optim.rewind)
-    check.last, back = job.step, None
+    check = StepCheck(
+        config.optim.most_skipped,
+        samples,
+        logs=job.main,
+        skipped=job.skipped_in_a_row,
+        first=job.skipped_since,
+        rewind=config.optim.rewind,
+        last=job.step,
+    )
+    back: Rewind | None = None
     profiler = Profiler(run, job.folder, job.state.axes.world.rank)
     with Recorder(writers(job), throughput(job), began, samples, job.rewinds) as recorder:
         while number < run.steps and not stop and not job.early_stopping.over:
@@ -313,21 +313,30 @@ def loop(job: Job, began: float, heart: Heartbeat) -> Rewind | None:
         if back is None:
             check.check()
         job.saver.wait()
-    if back is not None:
-        return back
-    if stop and number < run.steps:
-        stopped = signals.reason()
+    if back is None:
+        _finish(job, number, stop, began)
+    return back
+
+
+def _finish(job: Job, step: int, stopped: bool, began: float) -> None:
+    """Log how the run ended after ``step``.
+
+    Raises Stopped if it was ``stopped`` before its last step, on other ranks than the first
+    SystemExit with the same exit code.
+    """
+    if stopped and step < job.config.run.steps:
+        reason = signals.reason()
         if not job.main:
-            raise SystemExit(stopped.exit_code)
-        raise stopped(
-            f"stopped after step {number} by {signals.requested() or 'a signal to another rank'}: "
+            raise SystemExit(reason.exit_code)
+        raise reason(
+            f"stopped after step {step} by {signals.requested() or 'a signal to another rank'}: "
             f"{newest_checkpoint(job.folder / CHECKPOINTS_FOLDER)} is saved; start again to go on"
             f"{signals.aftermath()}"
         )
     if job.main and job.early_stopping.over:
         logger.info(
             "stopped early after step %d: %d validations in a row were not below %.4f",
-            number,
+            step,
             job.early_stopping.waited,
             job.early_stopping.best,
         )
@@ -343,55 +352,6 @@ def loop(job: Job, began: float, heart: Heartbeat) -> Rewind | None:
             if own
             else f"{hub} makes a {kind} folder of it",
         )
-    return None
-
-
-def save(job: Job, step: Step, consumed: int, row: Mapping[str, Any]) -> None:
-    """Start a checkpoint of everything that a resume needs; files are written in the background.
-
-    ``consumed``: samples so far; ``row``: ``StepCheck.state``.
-    """
-    with tolerated(job):
-        job.saver.wait()
-    result, started = step.result, time.perf_counter()
-    with tolerated(job):
-        job.saver.save(
-            step.number,
-            job.state.optimizer.owned(),
-            state={
-                "consumed_sequences": consumed,
-                TOKENS: job.consumed_tokens(consumed),
-                "seed": job.config.run.seed,
-                "tokenizer": job.dataset.fingerprint,
-                STARTED_IN: str(Path.cwd()),
-                **({PROMPT: prompt.to_json()} if (prompt := job.dataset.prompt) else {}),
-                **(job.adapters.state() if job.adapters else {}),
-                **job.early_stopping.state(),
-                **(result.loss_scale.to_json() if result.loss_scale else {}),
-                **(spikes.state() if (spikes := job.state.spikes) else {}),
-                **row,
-                **({REWINDS: job.rewinds} if job.rewinds else {}),
-                **job.model_class,
-            },
-            model=job.config.model.to_hub(job.config.run.dtype),
-            config_text=dump_config(job.config),
-            rng=torch.get_rng_state(),
-            score=result.validation_loss,
-        )
-    if job.main:
-        stall = show_time(time.perf_counter() - started)
-        logger.info("saving step %d; training waited %s", step.number, stall)
-
-
-@contextmanager
-def tolerated(job: Job) -> Iterator[None]:
-    """If a checkpoint cannot be written, end or warn, as checkpoint.on_failure says."""
-    try:
-        yield
-    except CheckpointError as error:
-        if job.config.checkpoint.on_failure == "stop":
-            raise
-        logger.warning("%s; training goes on", error)
 
 
 def _due(step: int, every: int, last: bool = False) -> bool:

@@ -31,7 +31,7 @@ class StepCheck:
     ``most_skipped`` is the number of skipped steps that may follow each other, ``skipped`` of them
     so far, from step ``first`` on, and ``rewind`` that after which the run goes back, 0 for never;
     ``samples`` gives the sample ids of a step's global batch, ``logs`` is whether this rank warns
-    of a skipped step.
+    of a skipped step, ``last`` the step before the first one to check.
     """
 
     def __init__(
@@ -42,11 +42,12 @@ class StepCheck:
         skipped: int = 0,
         first: int = 0,
         rewind: int = 0,
+        last: int = 0,
     ) -> None:
         self.most_skipped, self.samples, self.logs = most_skipped, samples, logs
         self.skipped, self.first, self.rewind = skipped, first, rewind
+        self.last = last  # the last step that was checked
         self.stays = 0  # the ``first`` of a row for which there is no checkpoint to go back to
-        self.last = 0  # the last step that was checked
         self.save_requested = 0  # the last step in which rank 0 asked for a checkpoint
         self.pending: Step | None = None
 
