@@ -106,7 +106,7 @@ def _train(config: Config, where: Rendezvous, parts: Parts, began: float) -> Non
     with ThreadPoolExecutor(max_workers=1) as pool, ExitStack() as ending:
         ending.callback(over.set)  # a run that fails does not wait for the checksums
         verified = pool.submit(  # while the ranks meet and load
-            inputs.verify, config, where.rank, where.world_size, lambda: not over.is_set()
+            inputs.verify, where.rank, where.world_size, lambda: not over.is_set()
         )
         place, mesh = folder / HEARTBEATS_FOLDER, resolved.mesh
         heart = Heartbeat(place, where.rank, where.world_size, timeout_s, where.job, mesh)
@@ -116,7 +116,7 @@ def _train(config: Config, where: Rendezvous, parts: Parts, began: float) -> Non
             beating(heart),
             backend.joined(mesh, timeout_s) as axes,
         ):
-            inputs.check_newest(config)
+            inputs.check_newest()
             inputs.check_base(backend.of_rank_0)
 
             def begin(job: Job) -> None:
@@ -126,9 +126,7 @@ def _train(config: Config, where: Rendezvous, parts: Parts, began: float) -> Non
                     logger.info("changed since then: %s", ", ".join(changed))
                 if job.main:
                     log_start(job)
-                    run_metadata.write(
-                        folder, where.world_size, where.local_world_size, where.job, job.step
-                    )
+                    run_metadata.write(folder, where, job.step)
                 check_room(job.saver, job.state.optimizer, resolved, job.step, job.main)
 
             def run_from(inputs: Inputs, back: Rewind | None) -> Rewind | None:

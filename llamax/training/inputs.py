@@ -50,7 +50,6 @@ COMPARED: dict[str, set[str]] = {
     "run": {"steps", "seed", "backend", "dtype", "stochastic_rounding", "patience"},
 }
 
-
 # The settings that decide the learning rate of a step.
 SCHEDULE = {
     *(f"optim.{name}" for name in ("lr", "min_lr", "schedule", "warmup_steps", "decay_steps")),
@@ -78,13 +77,13 @@ class Inputs:
     adapters: AdapterInfo | None = None
     newest: Path | None = None
 
-    def check_newest(self, config: Config) -> None:
+    def check_newest(self) -> None:
         """Raise CheckpointError if a newer checkpoint appeared since this rank looked.
 
         Ranks would then differ in what they resume.  Call it with the lock held and all ranks met.
         """
-        if config.checkpoint.resume in ("auto", "intact"):
-            now = newest_checkpoint(Path(config.run.folder) / CHECKPOINTS_FOLDER)
+        if self.config.checkpoint.resume in ("auto", "intact"):
+            now = newest_checkpoint(Path(self.config.run.folder) / CHECKPOINTS_FOLDER)
             if now != self.newest:
                 raise CheckpointError(f"{now} was saved while this job started; start it again")
 
@@ -106,7 +105,7 @@ class Inputs:
                 "give all machines the same commit, org/name@COMMIT, or the same folder"
             )
 
-    def verify(self, config: Config, share: int, of: int, go_on: GoOn) -> None:
+    def verify(self, share: int, of: int, go_on: GoOn) -> None:
         """Check the ``share``-th of ``of`` parts of what loading does not check as it reads.
 
         ``go_on`` is called now and then; once it returns False the check ends.
@@ -114,7 +113,7 @@ class Inputs:
         """
         if self.resumed is not None:
             self.resumed.check_rng(share, of)
-        if config.data.verify == "start":
+        if self.config.data.verify == "start":
             self.dataset.verify(share, of, go_on)
 
     def changed(self, run: ResolvedRun, own_schedule: bool = False) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from llamax.config.constants import ENVIRONMENT_FILE
 from llamax.config.hardware import find_machine
+from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.files import write_atomic
 from llamax.runtime.versions import LLAMAX, installed
 
@@ -24,20 +25,20 @@ PRODUCT = Path("/sys/devices/virtual/dmi/id/product_name")  # on EC2 the instanc
 PACKAGES = ("torch", "torch-xla", "torch-neuronx", "neuronx-cc", "neuronx-distributed", "numpy")
 
 
-def describe(world_size: int, local_world_size: int, job: str, step: int = 0) -> dict[str, Any]:
+def describe(where: Rendezvous, step: int = 0) -> dict[str, Any]:
     """All of it, ready for JSON; the price is that of the machine's instance type, if known.
 
     ``step``: the last step done when the run started.
     """
-    nodes = -(-world_size // local_world_size)
+    nodes = -(-where.world_size // where.local_world_size)
     instance = _instance()
     return {
-        "job": job,
+        "job": where.job,
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "step": step,
         "host": socket.gethostname(),
         "nodes": nodes,
-        "ranks": world_size,
+        "ranks": where.world_size,
         "instance": instance,
         "dollars_per_hour": nodes * _price(instance),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -49,9 +50,9 @@ def describe(world_size: int, local_world_size: int, job: str, step: int = 0) ->
     }
 
 
-def write(folder: Path, world_size: int, local_world_size: int, job: str, step: int = 0) -> None:
+def write(folder: Path, where: Rendezvous, step: int = 0) -> None:
     """Leave it in a run's folder."""
-    text = json.dumps(describe(world_size, local_world_size, job, step), indent=2)
+    text = json.dumps(describe(where, step), indent=2)
     write_atomic(folder / ENVIRONMENT_FILE, f"{text}\n".encode())
 
 

@@ -120,7 +120,7 @@ def prepare(
 
     Without ``draw`` new weights are not initialised.
     """
-    config, resumed, tp = run.config, inputs.resumed, axes.tp
+    config, resumed = run.config, inputs.resumed
     torch.manual_seed(config.run.seed)
     home = torch.device("cpu") if backend.traces else backend.device
     fresh = draw and resumed is None
@@ -135,21 +135,7 @@ def prepare(
     if resumed is not None:
         with reported(f"loading {resumed.folder}", show=main):
             _load(resumed, state, parameters, backend)
-        scale = LossScaleState.from_json(resumed.state)
-        if state.loss_scale is not None and scale is not None:
-            state.loss_scale.load(scale)
-        if state.spikes is not None:
-            state.spikes.load(resumed.state)
-        rng = resumed.rng(tp.rank, axes.data.rank, axes.pp)
-        if rng is not None:
-            try:
-                torch.set_rng_state(rng)
-            except (RuntimeError, TypeError):
-                raise CheckpointError(
-                    f"{resumed.folder} holds a random state that torch "
-                    f"{torch.__version__} cannot read; resume it with torch "
-                    f"{resumed.manifest.torch!r:.40}"
-                ) from None
+        _restore_random(resumed, axes)
         step, consumed = resumed.step, int(resumed.state["consumed_sequences"])
         logger.info("resuming from %s, after step %d", resumed.folder, step)
     elif config.checkpoint.resume != "never":
@@ -169,19 +155,19 @@ def prepare(
     if draw and not backend.traces and config.optim.state_bits == 32:  # else owned() makes copies
         saver.prepare(state.optimizer.owned())
     return Job(
-        run,
-        backend,
-        state,
-        inputs.dataset,
-        saver,
-        step,
-        consumed,
-        inputs.adapters,
-        inputs.training,
-        inputs.validation,
-        EarlyStopping(config.run.patience, resumed.state if resumed else {}),
-        resumed.folder if resumed else None,
-        _count(resumed, REWINDS),
+        run=run,
+        backend=backend,
+        state=state,
+        dataset=inputs.dataset,
+        saver=saver,
+        step=step,
+        consumed_sequences=consumed,
+        adapters=inputs.adapters,
+        training=inputs.training,
+        validation=inputs.validation,
+        early_stopping=EarlyStopping(config.run.patience, resumed.state if resumed else {}),
+        resumed=resumed.folder if resumed else None,
+        rewinds=_count(resumed, REWINDS),
         skipped_in_a_row=_count(resumed, SKIPPED_IN_A_ROW),
         skipped_since=_count(resumed, SKIPPED_SINCE),
         more_tokens=_count(resumed, TOKENS, tokens) - tokens,
@@ -205,7 +191,7 @@ def _count(resumed: Checkpoint | None, name: str, unknown: int = 0) -> int:
 def _load(
     resumed: Checkpoint, state: TrainState, parameters: ShardedParameters, backend: Backend
 ) -> None:
-    """Load the weights and the optimizer's state of a checkpoint."""
+    """Load the weights of a checkpoint, and the state of the optimizer and what steers it."""
     check_shapes(resumed, parameters)
     load_owned(resumed, state.optimizer.owned(), parameters)
     whole = {
@@ -216,6 +202,28 @@ def _load(
     load_owned(resumed, [Whole(name, flat) for name, flat in whole.items()], parameters)
     if not backend.traces:  # a device that traces has no program yet to gather with
         state.optimizer.gather_parameters()
+    scale = LossScaleState.from_json(resumed.state)
+    if state.loss_scale is not None and scale is not None:
+        state.loss_scale.load(scale)
+    if state.spikes is not None:
+        state.spikes.load(resumed.state)
+
+
+def _restore_random(resumed: Checkpoint, axes: Axes) -> None:
+    """Set torch's random state to that of this rank in a checkpoint, if it holds one.
+
+    Raises CheckpointError for one that this torch cannot read.
+    """
+    rng = resumed.rng(axes.tp.rank, axes.data.rank, axes.pp)
+    if rng is None:
+        return
+    try:
+        torch.set_rng_state(rng)
+    except (RuntimeError, TypeError):
+        raise CheckpointError(
+            f"{resumed.folder} holds a random state that torch {torch.__version__} cannot read; "
+            f"resume it with torch {resumed.manifest.torch!r:.40}"
+        ) from None
 
 
 def log_start(job: Job) -> None:

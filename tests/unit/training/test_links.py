@@ -14,6 +14,7 @@ from support.run_folders import NOW, make_run
 
 from llamax.checkpoint.lock import lock_folder
 from llamax.cli.report import main as report
+from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import LinkError
 from llamax.runtime.logging import log_to_file
 from llamax.tools.monitor import run_folder
@@ -54,7 +55,7 @@ def log_to_wandb(folder: Path) -> None:
 
 
 def describe(folder: Path) -> None:
-    run_metadata.write(folder, 1, 1, "job")
+    run_metadata.write(folder, Rendezvous())
 
 
 WRITERS: dict[str, Callable[[Path], None]] = {
