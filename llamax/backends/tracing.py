@@ -131,7 +131,7 @@ class Tracer:
         """Raise HostRead where the block reads a device value."""
 
         def refuse(x: Tensor) -> Any:
-            raise HostRead(_caller_caller_line())
+            raise HostRead(_line_outside())
 
         with ExitStack() as stack:
             for name in READS:
@@ -144,7 +144,7 @@ class Tracer:
 
         def copy(x: Tensor) -> Tensor:
             if self.lazy._check_tensor_need_materialization([x])[0]:
-                raise HostRead(_caller_caller_line())
+                raise HostRead(_line_outside())
             return torch.zeros(x.shape, dtype=x.dtype)
 
         with _patched("cpu", copy):
@@ -181,7 +181,7 @@ def _patched(name: str, function: Callable[[Tensor], Any]) -> Iterator[None]:
         setattr(Tensor, name, original)
 
 
-def _caller_caller_line() -> str:
+def _line_outside() -> str:
     """The innermost line outside torch and this file: "path:line"."""
     frame = sys._getframe()
     while frame.f_back and frame.f_code.co_filename.startswith((__file__, *torch.__path__)):

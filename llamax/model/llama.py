@@ -190,7 +190,8 @@ class Decoder(nn.Module):
         self._set_frequencies(tp.rank_index.device)
 
     def _set_frequencies(self, device: torch.device) -> None:
-        self.inverse_frequencies = rope.frequencies_of(self.model).to(device)
+        model = self.model.head_dim, self.model.rope_theta, self.model.rope_scaling
+        self.inverse_frequencies = rope.inverse_frequencies(*model).to(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
         """Move or convert the model as ``to`` does, but keep the rotary angles exact, in fp32."""

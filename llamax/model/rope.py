@@ -11,12 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from llamax.config.model import ModelConfig, RopeScaling
-
-
-def frequencies_of(model: ModelConfig) -> Tensor:
-    """The rotary frequencies of a model: [E / 2], fp32."""
-    return inverse_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
+from llamax.config.model import RopeScaling
 
 
 def inverse_frequencies(head_dim: int, rope_theta: float, scaling: RopeScaling | None) -> Tensor:

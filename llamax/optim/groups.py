@@ -279,12 +279,6 @@ class Group:
         shapes = dict(zip(self.names, (p.shape for p in self.parameters), strict=True))
         return {n: torch.cat(parts).view(shapes[n]) for n, parts in kept.items() if parts}
 
-    def adopt(self) -> None:
-        """Copy the weights into their float32 masters."""
-        for bucket in self.buckets:
-            if self.separate:
-                bucket.master.copy_(bucket.owned)
-
     def zero_grad(self) -> None:
         """Clear the accumulated gradients."""
         if self.gradient is None:

@@ -80,15 +80,8 @@ class LossScale:
     ``interval``: the updates in a row after which the scale grows.
     """
 
-    def __init__(
-        self,
-        state: LossScaleState,
-        device: torch.device,
-        interval: int,
-        growth: float = GROWTH,
-        backoff: float = BACKOFF,
-    ) -> None:
-        self.interval, self.growth, self.backoff, self.device = interval, growth, backoff, device
+    def __init__(self, state: LossScaleState, device: torch.device, interval: int) -> None:
+        self.interval, self.device = interval, device
         self.load(state)
 
     def load(self, state: LossScaleState) -> None:
@@ -114,10 +107,10 @@ class LossScale:
         updated, empty = is_finite(grad_norm), labels == none
         good = self.good_steps + one
         enough = good >= torch.full_like(good, float(self.interval))
-        grown = self.scale * self.growth
+        grown = self.scale * GROWTH
         grown = torch.where(is_finite(grown), grown, self.scale)
         kept = torch.where(enough, grown, self.scale)
-        lower = torch.where(empty, self.scale, self.scale * self.backoff)
+        lower = torch.where(empty, self.scale, self.scale * BACKOFF)
         self.scale = torch.where(updated, kept, lower)
         begun = torch.where(empty, self.good_steps, none)
         self.good_steps = torch.where(updated, torch.where(enough, none, good), begun)

@@ -81,17 +81,16 @@ from llamax.runtime.errors import ConfigError
 class Zero:
     """AdamW over ``axes`` for a model's parameters; make one per model.
 
-    ``parameters`` are this rank's shares and move into flat vectors: load into them in place from
-    then on, and call ``adopt_parameters``; frozen ones are left alone.  After backward a gradient
-    may lie elsewhere and ``parameter.grad`` be None: see or change it in a hook that
+    ``parameters`` are this rank's shares and move into flat vectors: load them before, or through
+    ``owned`` and ``gather_parameters``; frozen ones are left alone.  After backward a gradient may
+    lie elsewhere and ``parameter.grad`` be None: see or change it in a hook that
     ``parameter.register_hook`` takes.  ``torch.autograd.grad`` returns gradients and sums none.
     ``sequence_parallel``: each tensor rank saw its own part of the sequence, so that gradients of
     replicas are partial.  ``zero``: the stage; in 3, weights of layers are placeholders from then
-    on, if not before, so that they are loaded before, or through ``owned``.  ``bucket_bytes`` of
-    float32 gradient travel at once.  ``undeclared``: names of replicas that do not say whether
-    their gradients are partial, to be checked.  ``update``: a rule in place of AdamW's, which
-    ``llamax.optim.adamw.update`` is.  ``lr_scale``: the factor on the learning rate of a parameter,
-    from its name.
+    on, if not before.  ``bucket_bytes`` of float32 gradient travel at once.  ``undeclared``: names
+    of replicas that do not say whether their gradients are partial, to be checked.  ``update``: a
+    rule in place of AdamW's, which ``llamax.optim.adamw.update`` is.  ``lr_scale``: the factor on
+    the learning rate of a parameter, from its name.
     """
 
     def __init__(
@@ -316,13 +315,6 @@ class Zero:
                     group.put(bucket, self.shard.all_gather(owned, 0))
                 elif group.separate and not offload:
                     group.put(bucket, owned)
-
-    @torch.no_grad()
-    def adopt_parameters(self) -> None:
-        """Set the masters from the weights, after parameters were loaded."""
-        for group in self.groups:
-            assert isinstance(group, Group), "load before the move to a lazy device"
-            group.adopt()
 
     def to(self, device: torch.device | str) -> None:
         """Move weights and state, once all is loaded, to a device that traces programs.

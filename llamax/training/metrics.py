@@ -15,14 +15,13 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from io import StringIO
 from itertools import chain, count
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llamax.config.schema import RunConfig
@@ -144,32 +143,6 @@ class Writer(Protocol):
     def write(self, record: Record) -> None: ...
 
     def close(self) -> None: ...
-
-
-class Writers:
-    """Several views as one; a context manager that closes them all."""
-
-    def __init__(self, writers: Iterable[Writer]) -> None:
-        self.writers = tuple(writers)
-
-    def write(self, record: Record) -> None:
-        for writer in self.writers:
-            writer.write(record)
-
-    def close(self) -> None:
-        for writer in self.writers:
-            writer.close()
-
-    def __enter__(self) -> Writers:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def read_jsonl(path: Path) -> list[Record]:

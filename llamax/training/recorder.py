@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from llamax.config.flops import mfu
 from llamax.runtime.units import tokens_per_s
 from llamax.training.console import ConsoleWriter
-from llamax.training.metrics import Record, Writer, Writers
+from llamax.training.metrics import Record, Writer
 from llamax.training.step_result import Step
 
 
@@ -48,9 +48,9 @@ class Recorder:
         samples: Callable[[int], Sequence[int]] = lambda step: (),
         rewinds: int = 0,
     ) -> None:
-        self.writers, self.throughput, self.began = Writers(writers), throughput, began
+        self.writers, self.throughput, self.began = tuple(writers), throughput, began
         self.samples, self.rewinds = samples, rewinds
-        consoles = (writer for writer in self.writers.writers if isinstance(writer, ConsoleWriter))
+        consoles = (writer for writer in self.writers if isinstance(writer, ConsoleWriter))
         self.console = next(consoles, None)
         self.steps, self.busy_s = 0, 0.0  # since the last record
         self.pending: Callable[[], Record | None] | None = None
@@ -109,7 +109,8 @@ class Recorder:
         if self.pending is not None:
             record, self.pending = self.pending(), None
             if record is not None:
-                self.writers.write(record)
+                for writer in self.writers:
+                    writer.write(record)
 
     def __enter__(self) -> Recorder:
         return self
@@ -118,4 +119,5 @@ class Recorder:
         try:
             self.flush()
         finally:
-            self.writers.close()
+            for writer in self.writers:
+                writer.close()

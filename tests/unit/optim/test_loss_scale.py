@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 
@@ -20,12 +19,12 @@ LABELS = torch.tensor(8.0)
 
 
 def torch_decisions(
-    first: float, interval: int, growth: float, backoff: float, norms: list[float]
+    first: float, interval: int, norms: list[float]
 ) -> list[tuple[float, int, bool]]:
     """Scale and good steps of GradScaler after each step, and whether it made an update."""
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    scaler = torch.amp.GradScaler("cpu", first, growth, backoff, interval)
+    scaler = torch.amp.GradScaler("cpu", first, GROWTH, BACKOFF, interval)
     found = []
     for norm in norms:
         scaler.scale(weight.sum())  # it makes its tensors when it is first used
@@ -42,13 +41,11 @@ def torch_decisions(
 def test_every_decision_is_that_of_torch(first: float) -> None:
     random.seed(0)
     bad = (math.inf, -math.inf, math.nan)
-    for interval, growth, backoff in itertools.product((1, 2, 5), (2.0, 4.0), (0.5, 0.25)):
+    for interval in (1, 2, 5, 1, 2, 5):
         norms = [random.choice((1.0, 1.0, 1.0, random.choice(bad))) for _ in range(40)]
-        scale = LossScale(LossScaleState(first), CPU, interval, growth, backoff)
+        scale = LossScale(LossScaleState(first), CPU, interval)
         skipped = 0
-        for norm, wanted in zip(
-            norms, torch_decisions(first, interval, growth, backoff, norms), strict=True
-        ):
+        for norm, wanted in zip(norms, torch_decisions(first, interval, norms), strict=True):
             scale.update(torch.tensor(norm), LABELS)
             skipped += not wanted[2]
             numbers = [float(tensor) for tensor in scale.tensors]

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.records import RECORD, steps
+from support.records import RECORD
 
 from llamax.config.load import load_config
 from llamax.parallel.rendezvous import Rendezvous
@@ -24,7 +24,6 @@ from llamax.training.metrics import (
     Record,
     TensorBoardWriter,
     WandbWriter,
-    Writers,
     check_installed,
     tagged,
 )
@@ -253,18 +252,6 @@ def test_a_missing_package_is_reported_first(
     with pytest.raises(BackendError, match=says):
         check_installed(config.run)
     check_installed(load_config("demo", ["--run.tensorboard=false"]).run)
-
-
-def test_writers_pass_on_and_close_also_after_an_error(tmp_path: Path) -> None:
-    one, two = JsonlWriter(tmp_path / "one"), JsonlWriter(tmp_path / "two")
-    writers = Writers([one, two])
-    writers.write(RECORD)
-    with pytest.raises(RuntimeError), writers:
-        raise RuntimeError
-    assert steps(tmp_path / "one") == steps(tmp_path / "two") == [7]
-    for writer in (one, two):
-        with pytest.raises(OSError, match="Bad file descriptor"):
-            os.fstat(writer.fd)
 
 
 def test_a_record_of_float16_has_a_loss_scale_in_every_view() -> None:
