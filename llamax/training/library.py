@@ -41,7 +41,7 @@ from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime import errors, signals
 from llamax.runtime.errors import ConfigError, LlamaxError, check_whole, refuse
 from llamax.runtime.logging import logger, setup_logging, show_line
-from llamax.training.local_ranks import ENDING_S, STOPPED, rank_environment
+from llamax.training.local_ranks import STOPPED, exit_code, rank_environment, wait_for
 from llamax.training.metrics import read_jsonl
 
 _TRAINING = threading.Lock()  # logging, signals and random state are one for the whole process
@@ -272,6 +272,11 @@ class _Program:
             self.lines.append(line.rstrip("\n"))
             show_line(line.rstrip("\n"), sys.stderr)
 
+    @property
+    def exitcode(self) -> int | None:
+        """Exit code, below 0 that of a signal; None while the program runs."""
+        return self.process.poll()
+
     def kill(self) -> None:
         """End the program if it still runs, and wait for its last messages."""
         if self.process.poll() is None:
@@ -299,29 +304,16 @@ class _Program:
 
 
 def _wait(programs: list[_Program], folder: Path) -> bool:
-    interrupted, failed = False, None
-    left = list(programs)
-    while left:
-        try:
-            left[0].process.wait(0.1 if failed is None else ENDING_S)
-        except subprocess.TimeoutExpired:
-            if failed is not None:
-                break
-        except KeyboardInterrupt:
-            if interrupted:
-                raise
-            interrupted = True
-            for program in left:
-                program.process.send_signal(signal.SIGINT)
-        for program in [one for one in left if one.process.poll() is not None]:
-            left.remove(program)
-            ended = program.process.returncode
-            if ended not in (0, *STOPPED) and failed is None:
-                failed = program
-        left = left[1:] + left[:1]
-    if failed is not None:
-        raise failed.error
-    stopped = any(program.process.returncode in STOPPED for program in programs)
-    if stopped and newest_checkpoint(folder / CHECKPOINTS_FOLDER) is None:
-        raise KeyboardInterrupt
-    return stopped
+    try:
+        code = wait_for(programs)
+    except KeyboardInterrupt:
+        for program in programs:
+            program.process.send_signal(signal.SIGINT)
+        code = wait_for(programs)
+    if code in STOPPED:
+        if newest_checkpoint(folder / CHECKPOINTS_FOLDER) is None:
+            raise KeyboardInterrupt
+        return True
+    if code:
+        raise next(program.error for program in programs if exit_code(program) == code)
+    return False

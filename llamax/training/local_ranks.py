@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Protocol
 
 from llamax.parallel.network import free_port
 from llamax.parallel.rendezvous import FAMILIES, LOOPBACK
@@ -100,7 +101,14 @@ def _run_rank(main: Main, variables: Mapping[str, str]) -> None:
     sys.exit(run_main(lambda _: main(variables)))
 
 
-def wait_for(programs: Sequence[BaseProcess], ending_s: float = ENDING_S) -> int:
+class Program(Protocol):
+    """A rank's program; ``exitcode`` is None while it runs, below 0 after a signal."""
+
+    @property
+    def exitcode(self) -> int | None: ...
+
+
+def wait_for(programs: Sequence[Program], ending_s: float = ENDING_S) -> int:
     """Wait until all ranks have ended, or for ``ending_s`` after one has failed; the exit code.
 
     A line names the ranks that it waits for, after a tenth of that time.
@@ -117,7 +125,7 @@ def wait_for(programs: Sequence[BaseProcess], ending_s: float = ENDING_S) -> int
     return failed or _failure(programs) or max(stopped, default=0)
 
 
-def _tell_left(programs: Sequence[BaseProcess], left_s: float) -> None:
+def _tell_left(programs: Sequence[Program], left_s: float) -> None:
     """Say which ranks have not ended, and how long they may still take [s]."""
     left = [str(rank) for rank, program in enumerate(programs) if program.exitcode is None]
     if left:
@@ -126,8 +134,13 @@ def _tell_left(programs: Sequence[BaseProcess], left_s: float) -> None:
         print_text(f"llamax: {text}", sys.stderr)
 
 
-def _failure(programs: Sequence[BaseProcess]) -> int:
+def _failure(programs: Sequence[Program]) -> int:
     """The exit code of a rank that has failed, 0 if none has."""
-    codes = [program.exitcode for program in programs]
-    failed = [code for code in codes if code is not None and code not in (0, *STOPPED)]
-    return (failed[0] if failed[0] > 0 else 128 - failed[0]) if failed else 0
+    failed = [program for program in programs if program.exitcode not in (None, 0, *STOPPED)]
+    return (exit_code(failed[0]) or 0) if failed else 0
+
+
+def exit_code(program: Program) -> int | None:
+    """The exit code of a rank as a shell gives it; None while it runs."""
+    code = program.exitcode
+    return code if code is None or code >= 0 else 128 - code
