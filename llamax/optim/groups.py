@@ -153,48 +153,47 @@ class Group:
     ) -> None:
         self.key, self.names, self.parameters = key, list(members), list(members.values())
         self.lengths = [parameter.numel() for parameter in self.parameters]
-        ranks, rank = shard.size, shard.rank
-        unit = ranks * key.unit
+        unit = shard.size * key.unit
         self.length = padded(sum(self.lengths), unit)
         self.weights = self._flat_weights(axes)
         self.device = device = self.weights.device
         self.separate = key.dtype != torch.float32 or device.type not in EAGER_BACKENDS
-        shared = axes.kv.size > 1 and any(segment.shared for segment in counted)
-        self.shares = shared
+        self.shares = axes.kv.size > 1 and any(segment.shared for segment in counted)
         self.gradient: Tensor | None = None
-        if self.separate or shared or key.partial or key.tied or axes.data.size > 1:
-            self.gradient = self._flat_gradient(ranks)
-
+        if self.separate or self.shares or key.partial or key.tied or axes.data.size > 1:
+            self.gradient = self._flat_gradient(shard.size)
         self.accumulates = self.gradient is not None
-        self.buckets: list[FlatBucket] = []
-        for start, stop in buckets(self.length, unit, bucket_bytes):
-            run = (stop - start) // ranks
-            own = slice(start + rank * run, start + (rank + 1) * run)
-            held = slice(start // ranks, stop // ranks)  # in vectors of this rank's runs
-            summed = own if self.reduced else slice(start, stop)
-            owned = self.weights[held if self.spread else own]
-            gradient = self.gradient
-            if gradient is not None:
-                gradient = gradient[held if self.reduced else summed]
-            self.buckets.append(
-                FlatBucket(
-                    start=start,
-                    pieces=tuple(pieces(self.lengths, start, stop)),
-                    shared=tuple(shared_spans(counted, summed.start, summed.stop))
-                    if shared
-                    else (),
-                    weights=owned if self.spread else self.weights[start:stop],
-                    owned=owned,
-                    master=at_home(owned.to(torch.float32, copy=True), key.offload)
-                    if self.separate
-                    else owned,
-                    exp_avg=self._moment(run, signed=True),
-                    exp_avg_sq=self._moment(run, signed=False),
-                    gradient=gradient,
-                    offload=key.offload,
-                    root=_roots(counted, own).to(device) if key.weight is None else None,
-                )
-            )
+        self.buckets = [
+            self._bucket(start, stop, shard, counted)
+            for start, stop in buckets(self.length, unit, bucket_bytes)
+        ]
+
+    def _bucket(self, start: int, stop: int, shard: Axis, counted: Sequence[Segment]) -> FlatBucket:
+        """Elements [start, stop) of the flat vector, with the state of this rank's run of them."""
+        run = (stop - start) // shard.size
+        own = slice(start + shard.rank * run, start + (shard.rank + 1) * run)
+        held = slice(start // shard.size, stop // shard.size)  # in vectors of this rank's runs
+        summed = own if self.reduced else slice(start, stop)
+        owned, master = self.weights[held if self.spread else own], None
+        if self.separate:
+            master = at_home(owned.to(torch.float32, copy=True), self.key.offload)
+        gradient = self.gradient
+        if gradient is not None:
+            gradient = gradient[held if self.reduced else summed]
+        spans = shared_spans(counted, summed.start, summed.stop) if self.shares else ()
+        return FlatBucket(
+            start=start,
+            pieces=tuple(pieces(self.lengths, start, stop)),
+            shared=tuple(spans),
+            weights=owned if self.spread else self.weights[start:stop],
+            owned=owned,
+            master=owned if master is None else master,
+            exp_avg=self._moment(run, signed=True),
+            exp_avg_sq=self._moment(run, signed=False),
+            gradient=gradient,
+            offload=self.key.offload,
+            root=_roots(counted, own).to(self.device) if self.key.weight is None else None,
+        )
 
     def _moment(self, length: int, signed: bool) -> Tensor | Blockwise:
         """Zeros where a moment of a run is kept."""
