@@ -40,6 +40,7 @@ from llamax.data.chat.record import PromptRecord
 from llamax.data.megatron import is_prefix
 from llamax.data.tokenizer.streaming import Detokenizer
 from llamax.data.tokenizer.tokenizer import Tokenizer, begin_of_prompts, load_tokenizer
+from llamax.inference.prompts import Prompt
 from llamax.inference.sampling import Sampling, generate_tokens
 from llamax.inference.static_decoding import StaticDecoder, static_tokens
 from llamax.model import int8
@@ -178,9 +179,8 @@ def tokenizer_of(source: Source, vocab_size: int, chosen: str = "") -> Tokenizer
             f"{source.folder} does not say what it was trained on; use `tokenizer` PATH"
         )
     if not chosen and is_prefix(place):
-        if not (
-            place.parent / "dataset.json"
-        ).is_file():  # llamax prepare keeps the tokenizer there
+        # llamax prepare keeps the tokenizer in the folder of a dataset.
+        if not (place.parent / "dataset.json").is_file():
             raise DataError(
                 f"{source.folder} was trained on Megatron's files {place}, which do not name their "
                 "tokenizer; use `tokenizer` PATH"
@@ -292,25 +292,24 @@ class Engine:
         self.stops, named = split_stops(self.tokenizer, self.stops)
         self.stop_ids = {*self.stop_ids, *named}
 
-    def complete(
-        self, prompts: Sequence[str], ids: Sequence[Sequence[int]], number: int, show: Show
-    ) -> list[Completion]:
-        """The completions of a batch of prompts, given as texts and as ids.
+    def complete(self, prompts: Sequence[Prompt], number: int, show: Show) -> list[Completion]:
+        """The completions of a batch of prompts.
 
         ``number`` is the position of the first among all prompts, from 0: it shifts the seed.
         ``show`` is called with the text of the first completion as it is generated, in whole
         characters.
         """
-        done = [Completion(*each) for each in zip(prompts, map(len, ids), strict=True)]
-        for text in self.stream(done, ids, number):
+        done = [Completion(prompt.text, len(prompt.ids)) for prompt in prompts]
+        for text in self.stream(prompts, done, number):
             show(text)
         return done
 
     def stream(
-        self, done: Sequence[Completion], ids: Sequence[Sequence[int]], number: int = 0
+        self, prompts: Sequence[Prompt], done: Sequence[Completion], number: int = 0
     ) -> Iterator[str]:
         """Fill the completions of a batch while yielding the text of the first, as ``complete``."""
-        writers = [Detokenizer(self.tokenizer.decode, prompt, self.stops) for prompt in ids]
+        ids = [prompt.ids for prompt in prompts]
+        writers = [Detokenizer(self.tokenizer.decode, each, self.stops) for each in ids]
         steps = self._steps(ids, replace(self.sampling, seed=self.sampling.seed + number))
         began = first = time.perf_counter()
         for step, tokens in enumerate(steps):

@@ -278,8 +278,7 @@ def score_answers(
     starts = range(0, len(prompts), batch)
     for start in tracked(starts, "answering", len(starts), "batch", show=bar):
         some = prompts[start : start + batch]
-        texts, ids = [prompt.text for prompt in some], [prompt.ids for prompt in some]
-        done = engine.complete(texts, ids, start, silent)
+        done = engine.complete(some, start, silent)
         for prompt, completion, reference in zip(some, done, references[start:], strict=False):
             same = exact_match(completion.text, reference, extract)
             score = rouge_l(completion.text, reference)

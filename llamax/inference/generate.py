@@ -378,8 +378,7 @@ def _batches(
         for start in range(0, len(prompts), batch):
             some = prompts[start : start + batch]
             show(some[0].text)
-            texts, ids = [prompt.text for prompt in some], [prompt.ids for prompt in some]
-            yield some, engine.complete(texts, ids, start, show)
+            yield some, engine.complete(some, start, show)
             progress.update(len(some))
 
 

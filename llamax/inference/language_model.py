@@ -31,7 +31,7 @@ from llamax.inference.engine import (
     chat_template,
     open_model,
 )
-from llamax.inference.generate import GenerationSettings, Opened, ask
+from llamax.inference.generate import GenerationSettings, Opened, ask, silent
 from llamax.inference.prompts import read_prompts
 from llamax.model.llama import Llama
 from llamax.parallel.collectives import Solo
@@ -149,8 +149,7 @@ class LanguageModel:
         with self._computing():
             for start in range(0, len(opened.prompts), batch):
                 some = opened.prompts[start : start + batch]
-                asked, ids = [one.text for one in some], [one.ids for one in some]
-                done = engine.complete(asked, ids, start, lambda text: None)
+                done = engine.complete(some, start, silent)
                 texts += [completion.text for completion in done]
         return texts if several else texts[0]
 
@@ -193,7 +192,7 @@ class LanguageModel:
 
     def _streamed(self, engine: Engine, opened: Opened) -> Iterator[str]:
         (prompt,) = opened.prompts
-        pieces = engine.stream([Completion(prompt.text, len(prompt.ids))], [prompt.ids])
+        pieces = engine.stream([prompt], [Completion(prompt.text, len(prompt.ids))])
         while True:
             with self._computing():  # not between pieces, where the program runs
                 piece = next(pieces, None)
