@@ -119,31 +119,33 @@ def _train(config: Config, where: Rendezvous, parts: Parts, began: float) -> Non
             inputs.check_newest()
             inputs.check_base(backend.of_rank_0)
 
-            def begin(job: Job) -> None:
-                verified.result()
-                heart.at(job.step)
-                if changed := inputs.changed(resolved, parts.learning_rate is not None):
-                    logger.info("changed since then: %s", ", ".join(changed))
-                if job.main:
-                    log_start(job)
-                    run_metadata.write(folder, where, job.step)
-                check_room(job.saver, job.state.optimizer, resolved, job.step, job.main)
-
-            def run_from(inputs: Inputs, back: Rewind | None) -> Rewind | None:
-                """Train after what ``inputs`` resume; where to go back to, if the run should."""
+            back: Rewind | None = None
+            while True:
                 job = prepare(resolved, backend, axes, inputs, parts=parts)
                 with closing(job.saver):
                     if back is None:
-                        begin(job)
+                        verified.result()
+                        heart.at(job.step)
+                        _begin(job, inputs, where, own_schedule=parts.learning_rate is not None)
                     else:
                         job = rewound(job, back)
-                    return loop(job, began, heart)
-
-            back = run_from(inputs, None)
-            while back is not None:
+                    back = loop(job, began, heart)
+                if back is None:
+                    return
+                del job
                 gc.collect()  # the model and optimizer before
                 again = replace(config.checkpoint, resume=str(back.folder))
-                back = run_from(open_inputs(replace(config, checkpoint=again)), back)
+                inputs = open_inputs(replace(config, checkpoint=again))
+
+
+def _begin(job: Job, inputs: Inputs, where: Rendezvous, own_schedule: bool) -> None:
+    """Log and write down what begins; raise NoRoom where the disk has none for its checkpoint."""
+    if changed := inputs.changed(job.run, own_schedule):
+        logger.info("changed since then: %s", ", ".join(changed))
+    if job.main:
+        log_start(job)
+        run_metadata.write(job.folder, where, job.step)
+    check_room(job.saver, job.state.optimizer, job.run, job.step, job.main)
 
 
 def start(

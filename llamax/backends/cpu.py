@@ -25,13 +25,9 @@ def keep_heap() -> bool:
     once: with the ends that were cut off it (``llamax.runtime.process.steady_heap``) the place of a
     freed tensor takes one of the same size again.  Other C libraries are not changed.
     """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return False
-    kept = any(mallopt(M_MMAP_THRESHOLD, size) for size in HEAP_BYTES)
-    mallopt(M_MXFAST, 0)
-    return bool(mallopt(M_TRIM_THRESHOLD, HEAP_BYTES[0])) and kept
+    kept = any(_mallopt(M_MMAP_THRESHOLD, size) for size in HEAP_BYTES)
+    _mallopt(M_MXFAST, 0)
+    return _mallopt(M_TRIM_THRESHOLD, HEAP_BYTES[0]) and kept
 
 
 def unmap_large_blocks() -> None:
@@ -41,10 +37,7 @@ def unmap_large_blocks() -> None:
     that are still in use cut the room of a dropped one in two, and the heap grows by another weight
     every few steps.  Other C libraries are not changed.
     """
-    try:
-        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, HEAP_BYTES[1])
-    except (OSError, AttributeError):
-        return
+    _mallopt(M_MMAP_THRESHOLD, HEAP_BYTES[1])
 
 
 def bound_heap() -> None:
@@ -53,12 +46,16 @@ def bound_heap() -> None:
     For programs that hold much and compute little at a time; it undoes ``keep_heap``.  Other C
     libraries are not changed.
     """
+    _mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+    _mallopt(M_ARENA_MAX, 1)
+
+
+def _mallopt(setting: int, value: int) -> bool:
+    """Change a setting of glibc's heap, and return whether it took it; no other C library does."""
     try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        return bool(ctypes.CDLL("libc.so.6").mallopt(setting, value))
     except (OSError, AttributeError):
-        return
-    for setting, value in ((M_MMAP_THRESHOLD, MAPPED_BYTES), (M_ARENA_MAX, 1)):
-        mallopt(setting, value)
+        return False
 
 
 def measure_peak_flops(dtype: torch.dtype) -> float:

@@ -90,10 +90,10 @@ class _VocabParallelLoss(torch.autograd.Function):
             if gain != 1.0:
                 logits_tv.mul_(gain)
             dlogits_tv = logits_tv.to(multiplied.dtype)
-            if dw is not None:
-                dw.addmm_(dlogits_tv.T, x_tD) if dw.dtype == x_tD.dtype else dw.add_(
-                    dlogits_tv.T @ x_tD
-                )
+            if dw is not None and dw.dtype == x_tD.dtype:
+                dw.addmm_(dlogits_tv.T, x_tD)
+            elif dw is not None:
+                dw.add_(dlogits_tv.T @ x_tD)
             if dx_TD is not None:
                 dx_TD[chunk] = dlogits_tv @ multiplied
             return loss

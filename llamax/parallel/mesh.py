@@ -21,7 +21,6 @@ one tensor group: ``Mesh.on_trn1``.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -172,7 +171,7 @@ class Mesh:
             **{name: pairs for name in EDGES if (pairs := self.edges(name))},
         }
         if self.copies > 1:
-            found["shard"] = tuple(g[i : i + n] for g in data for i in range(0, len(g), n))
+            found["shard"] = _runs(data, n)
             found["replica"] = tuple(g[i::n] for g in data for i in range(n))
         return found
 
@@ -203,10 +202,12 @@ class Mesh:
         """
         if self.degree(axis) % size:
             raise ValueError(f"runs of {size} do not tile {axis}={self.degree(axis)}")
-        return tuple(
-            group[i : i + size]
-            for group, i in itertools.product(self.groups(axis), range(0, self.degree(axis), size))
-        )
+        return _runs(self.groups(axis), size)
+
+
+def _runs(groups: Groups, size: int) -> Groups:
+    """Groups broken into runs of ``size`` neighbours."""
+    return tuple(g[i : i + size] for g in groups for i in range(0, len(g), size))
 
 
 @lru_cache(maxsize=32)
