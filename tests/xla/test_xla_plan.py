@@ -20,7 +20,8 @@ pytest.importorskip("torch_xla", reason="needs torch-xla: `make test` runs this 
 from llamax.backends.tracing import Tracer
 from llamax.config.hardware import load_machine
 from llamax.config.load import load_config
-from llamax.config.schema import Config, ParallelConfig
+from llamax.config.rules.finetune import target_names
+from llamax.config.schema import Config, FinetuneConfig, ParallelConfig
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.tools.audit import hlo
@@ -235,3 +236,20 @@ def test_the_products_of_the_largest_program_are_those_that_are_traced(
     few = replace(TRN1, program_instructions=round(products) - 1)
     (note,) = (note for note in audit(cfg, few, ranks="corners").notes if "instructions" in note)
     assert "llamax plan --search" in note
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "v_proj,down_proj", "q_proj,o_proj"])
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_the_products_of_adapters_are_those_that_are_traced(mode: Any, targets: str) -> None:
+    """But for the input of the first layer, which needs no gradient where the base is frozen."""
+    cfg = small(4, mode, "bfloat16")
+    finetune = FinetuneConfig(method="lora", r=4, targets=targets)
+    start = replace(cfg.checkpoint, init_from="base")
+    cfg = replace(cfg, finetune=finetune, checkpoint=start)
+    found = audit(cfg, TRN1, ranks="corners")
+    products = max(kind.work.matmul_flops for kind in found.kinds)
+    share = share_of(cfg, Mesh(tp=2))
+    inputs = share.query + 2 * share.key  # of the products that read the first layer's input
+    names = {"q_proj", "k_proj", "v_proj"} & set(target_names(targets))
+    unneeded = 2 * share.tokens * share.model.hidden_size * (inputs + finetune.r * len(names))
+    assert largest_program(resolve(cfg, 2), TRN1) * PRODUCT_FLOPS - unneeded == products

@@ -7,6 +7,7 @@ share of 448 features costs what 512 do where a tile has 128 (`product_tile` of 
 from __future__ import annotations
 
 from llamax.config.hardware import Machine
+from llamax.config.rules.finetune import target_names
 from llamax.tools.plan.context import pairs
 from llamax.tools.plan.memory import plain_attention
 from llamax.tools.plan.sizes import Share, rounded_up
@@ -35,6 +36,23 @@ def layer_flops(share: Share) -> tuple[float, float]:
     return forward, backward
 
 
+def adapter_flops(share: Share) -> tuple[float, float]:
+    """FLOPs of the products of adapters in a microbatch, forward and backward.
+
+    Both factors are trained.  A recomputed layer leaves out what adds to its last sum, B of the
+    down projection.  Without adapters, zeros.
+    """
+    if not share.tuned:
+        return 0.0, 0.0
+    forward = 2.0 * share.tokens * share.adapters
+    backward, finetune = 2 * forward, share.config.finetune
+    if share.config.run.recompute == "full":
+        last = "down_proj" in target_names(finetune.targets)
+        b = 2.0 * share.tokens * share.layers * finetune.r * share.model.hidden_size
+        backward += forward - (b if last else 0.0)
+    return forward, backward
+
+
 def attention_flops(share: Share, machine: Machine) -> tuple[float, float]:
     """FLOPs of the products of attention in a microbatch, forward and backward.
 
@@ -57,7 +75,7 @@ def weight_flops(share: Share, machine: Machine, loss_apart: bool) -> tuple[floa
     tile, tuned = machine.product_tile, share.tuned
     layers = sum(layer_flops(share))
     head = 0.0 if loss_apart else (2 if tuned else 3) * forward_flops(share)[1]
-    adapters = 6.0 * share.tokens * share.adapters if tuned else 0.0
+    adapters = sum(adapter_flops(share))
     rank = share.config.finetune.r
     whole = layers * filled(share, machine)
     whole += head * rounded_up(share.vocabulary, tile) / share.vocabulary

@@ -14,7 +14,12 @@ Whatever else a program does comes on top.
 from __future__ import annotations
 
 from llamax.config.hardware import Machine
-from llamax.tools.plan.products import attention_flops, forward_flops, layer_flops
+from llamax.tools.plan.products import (
+    adapter_flops,
+    attention_flops,
+    forward_flops,
+    layer_flops,
+)
 from llamax.tools.plan.sizes import Share, stages_of
 from llamax.training.resolve import ResolvedRun
 
@@ -28,8 +33,8 @@ def largest_program(run: ResolvedRun, machine: Machine) -> float:
 
 def program_flops(share: Share, machine: Machine) -> float:
     """FLOPs of the products in the largest program of a stage."""
-    products = zip(layer_flops(share), attention_flops(share, machine), strict=True)
-    forward, backward = map(sum, products)
+    kinds = layer_flops(share), adapter_flops(share), attention_flops(share, machine)
+    forward, backward = map(sum, zip(*kinds, strict=True))
     layers = backward + (forward if share.projects else 0)
     head = (2 if share.tuned else 3) * forward_flops(share)[1]  # forward and backward
     return layers / share.config.parallel.chunks + head

@@ -16,7 +16,7 @@ from llamax.runtime.units import show_flops
 from llamax.tools.plan.memory import loss
 from llamax.tools.plan.nki_loss import kernel_seconds
 from llamax.tools.plan.planner import plan as planned
-from llamax.tools.plan.products import weight_flops
+from llamax.tools.plan.products import layer_flops, weight_flops
 from llamax.tools.plan.roofline import microstep, wire
 from llamax.tools.plan.roofline import time as step_time
 from llamax.tools.plan.sizes import Share, stages_of
@@ -82,6 +82,25 @@ def test_adapters_take_tiles_of_their_rank() -> None:
     (few, small), (many, large) = (weight_flops(share, TRN1, True) for share in tuned)
     assert few < many
     assert small == large
+
+
+def test_adapters_of_a_recomputed_layer_are_computed_again() -> None:
+    """All but B of the down projection, whose output nothing in backward reads."""
+
+    def products(mode: str, targets: str) -> float:
+        asked = ["--finetune.method=lora", f"--finetune.targets={targets}", "--finetune.r=16"]
+        asked += ["--checkpoint.init_from=base", f"--run.recompute={mode}", *ONE]
+        share = share_of(recipe("llama2-7b", *asked, "--parallel.tensor=8"), Mesh(tp=8))
+        return weight_flops(share, H100, True)[0] - sum(layer_flops(share))
+
+    unit = 2.0 * 4096 * 32 * 16  # tokens, layers, rank
+    both = 4096 + 512  # the input of A, and this rank's share of the output of B
+    for mode, q_proj, down_proj in (
+        ("none", 3 * both, 3 * (4096 + 1376)),
+        ("full", 4 * both, 3 * (4096 + 1376) + 1376),
+    ):
+        assert products(mode, "q_proj") == unit * q_proj
+        assert products(mode, "down_proj") == unit * down_proj
 
 
 def test_time_of_a_loss_by_kernels_by_hand() -> None:
