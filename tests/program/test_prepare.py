@@ -74,8 +74,9 @@ def test_workers_and_formats_change_no_byte(
     inputs = [("rows.jsonl", 2**22), ("rows.jsonl", 50_000)]
     for name, size in (*inputs, *((f"packed.jsonl{ending}", 50_000) for ending in PACK)):
         monkeypatch.setattr(file_kinds, "CHUNK_BYTES", size)
-        for workers, alone_s in ((1, 0.0), (2, 0.0), (2, math.inf)):
+        for workers, alone_s in ((1, 0.0), (2, -1.0), (2, 0.0), (2, math.inf)):
             monkeypatch.setattr(chunks, "ALONE_S", alone_s)
+            monkeypatch.setattr(chunks, "ALONE_BYTES", 0 if alone_s < 0 else 2**22)
             out = tmp_path / f"{name}-{size}-{workers}-{alone_s}"
             made[out] = run(out, tmp_path / name, "--key", "body", "--tokenizer", tokenizer,
                             "--workers", workers, "--validation", "0.2")  # fmt: skip

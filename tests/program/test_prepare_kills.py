@@ -40,7 +40,7 @@ def make_part(*args):  # and rest, so that a busy machine sees the program at wo
     time.sleep(float(os.environ["REST_S"]))
 
 real, chunks.make_part, file_kinds.CHUNK_BYTES = chunks.make_part, make_part, 30_000
-chunks.ALONE_S = 0  # workers from the first part on
+chunks.ALONE_BYTES = 0  # workers from the first part on
 if __name__ == "__main__":
     sys.exit(prepare.main(sys.argv[1:]))
 """
@@ -49,7 +49,7 @@ from llamax.cli import prepare
 from llamax.data.prepare import chunks
 from llamax.runtime.process import run_main
 
-chunks.ALONE_S = 0  # workers from the first part on
+chunks.ALONE_BYTES = 0  # workers from the first part on
 if __name__ == "__main__":
     raise SystemExit(run_main(prepare.main))
 """
@@ -59,7 +59,7 @@ from llamax.cli import prepare
 from llamax.data.prepare import chunks
 from llamax.runtime.process import run_main
 
-chunks.ALONE_S = 0  # workers from the first part on
+chunks.ALONE_BYTES = 0  # workers from the first part on
 chunks.make_part = lambda *args: signal.pause()  # a worker is there until it is killed
 if __name__ == "__main__":
     raise SystemExit(run_main(prepare.main))

@@ -36,8 +36,8 @@ from llamax.runtime.files import show_free, write_atomic
 from llamax.runtime.json_reader import read_object
 
 COPIED = 2**20  # tokens copied at once
-# What this process does before it starts others, which cost a twentieth of a second each: work of
-# so many processor seconds, in chunks of at most so many bytes.
+# Work for which no other processes are started, as each costs a twentieth of a second: in all so
+# many processor seconds, in chunks of at most so many bytes.
 ALONE_S, ALONE_BYTES = 0.5, 2**22
 SPLITS = ("train", "validation", "test")
 
@@ -196,27 +196,33 @@ def make_parts(
 ) -> list[Path]:
     """Make all parts; their paths, without ``.SPLIT.tokens``, in order.
 
-    This process makes those of the first ALONE_S, and ``workers`` others the rest; it makes all
-    where ``workers`` is 1.  Shows its progress; ``names``: of the parts, as ``settings`` names
-    them; ``began``: when the program did, on time.perf_counter.  Raises DataError for a mistake in
-    a chunk, a full disk or a worker that died.
+    This process makes the first one, and goes on where that shows that the others are little work;
+    otherwise ``workers`` processes make them, if these are more than 1.  Shows its progress;
+    ``names``: of the parts, as ``settings`` names them; ``began``: when the program did, on
+    time.perf_counter.  Raises DataError for a mistake in a chunk, a full disk or a worker that
+    died.
     """
     left = deque((folder, name, chunk, settings) for name, chunk in zip(names, chunks, strict=True))
-    size, start_s = sum(chunk.size for chunk in chunks), time.process_time()
+    size, start_s, done_bytes = sum(chunk.size for chunk in chunks), time.process_time(), 0
     with Progress(size, chunks[0].unit, len(chunks), began) as progress:
-        while left and (min(workers, len(left)) == 1 or _is_little(left[0][2], start_s)):
+        while left and (
+            min(workers, len(left)) == 1
+            or _is_little([job[2] for job in left], time.process_time() - start_s, done_bytes)
+        ):
             job = left.popleft()
             make_part(*job, tokenizer, progress.count)
             progress.finish(job[2].size)
+            done_bytes += job[2].size_bytes
         if left:
             _make_in_pool(left, tokenizer, workers, progress)
     return [folder / name for name in names]
 
 
-def _is_little(chunk: Chunk, start_s: float) -> bool:
-    """Whether a chunk, with what was done since ``start_s``, is too little work to share."""
-    short = 0 < chunk.size_bytes <= ALONE_BYTES  # those of Parquet do not say their size
-    return short and time.process_time() - start_s < ALONE_S
+def _is_little(left: Sequence[Chunk], done_s: float, done_bytes: int) -> bool:
+    """Whether chunks are too little work to share, after so many processor seconds and bytes."""
+    sizes = [chunk.size_bytes for chunk in left]
+    short = 0 < sizes[0] <= ALONE_BYTES  # chunks of Parquet do not say their size
+    return short and (not done_bytes or sum(sizes) * done_s / done_bytes <= ALONE_S)
 
 
 def _make_in_pool(

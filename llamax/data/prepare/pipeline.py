@@ -124,8 +124,8 @@ def prepare(
         bos: Whether documents begin with BOS; by default as the tokenizer adds it; Megatron: no.
         eos: Whether documents end with EOS; default as for ``bos``.
         format: "llamax", one checked file for each split, or "megatron", .bin and .idx files.
-        workers: Number of processes; a little work is done by this one alone, and more than 1 are
-            forks of it on Linux.
+        workers: Number of processes; less than half a second of work is done by this one alone,
+            and more than 1 are forks of it on Linux.
         template: Name of a built-in template, a Jinja file, a tokenizer_config.json or a folder
             with one.  The parameters below need a template.
         fields: Columns of the fields instruction, context, answer, system and messages, where they
