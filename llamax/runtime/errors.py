@@ -93,7 +93,7 @@ class Interrupted(Stopped):
 
 
 class Terminated(SystemExit):
-    """SIGTERM arrived while a folder was written, and the folder was removed: no error.
+    """SIGTERM arrived while a folder was written, which was removed, or a model served: no error.
 
     Like KeyboardInterrupt it is no Exception, as it may arise in any line and is a mistake of none:
     ``except Exception`` around that line does not take it for one.

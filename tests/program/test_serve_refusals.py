@@ -181,7 +181,7 @@ def test_a_taken_port_a_strange_folder_and_settings_are_refused_at_once(
         assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, -15), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_keys_are_asked_for_and_a_signal_lets_a_request_in_progress_end(
     folder: Path, tmp_path: Path, number: int, status: int
 ) -> None:

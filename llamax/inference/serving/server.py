@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import socket
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +22,13 @@ from llamax.inference.serving.scheduler import Scheduler
 from llamax.inference.serving.service import Served, Service
 from llamax.model import int8
 from llamax.parallel.rendezvous import Rendezvous
-from llamax.runtime.errors import BackendError, CheckpointError, ConfigError, DataError
+from llamax.runtime.errors import (
+    BackendError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Terminated,
+)
 from llamax.runtime.files import read_input
 from llamax.runtime.logging import logger
 from llamax.runtime.progress import reported
@@ -140,7 +149,7 @@ def serve(
         )
     allow_files(settings.connections, settings.connections + SPARE_FILES)
     listener = bind(settings.host, settings.port)
-    with listener:
+    with _until_sigterm(), listener:
         backend = choose(settings.backend, Rendezvous(), settings.threads, words=INFERENCE)
         cpu.bound_heap()
         with reported("loading the model"):
@@ -173,6 +182,30 @@ def serve(
             uvicorn.Server(config).run(sockets=[listener])
         finally:
             scheduler.stop()
+
+
+@contextmanager
+def _until_sigterm() -> Iterator[None]:
+    """Leave the block on SIGTERM; as KeyboardInterrupt, it ends what is in progress.
+
+    Only in the main thread, and where the program has no handler of its own: then the signal does
+    what the program does with it.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise Terminated("stopped by SIGTERM")
+
+    signal.signal(signal.SIGTERM, stop)  # uvicorn raises the signal again once requests have ended
+    try:
+        yield
+    except Terminated as asked:
+        logger.info("%s", asked)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def bind(host: str, port: int) -> socket.socket:
