@@ -197,7 +197,8 @@ class SentencePiece:
             return [np.array(self._encode_around(text, self._bare), np.uint32) for text in texts]
         if self.fast is not None:
             return [self.fast.encode(text, self._encode_bare, False) for text in texts]
-        return [np.array(ids, np.uint32) for ids in self._bare.encode(list(texts))]
+        # One by one: given a list, the engine takes a thread for every core.
+        return [np.array(self._encode_bare(text), np.uint32) for text in texts]
 
     def encode_rest(self, text: str) -> Ids:
         if self.fast is not None and not self._inline:

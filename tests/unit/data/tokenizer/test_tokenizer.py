@@ -7,6 +7,7 @@ import gc
 import hashlib
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,17 @@ def test_sentencepiece(spm: Path) -> None:
         assert found.decode(found.encode(text)) == text
     assert not {"_bare", "pieces"} & {*vars(found)}  # one engine, and no pieces beside it
     assert not any(isinstance(value, SentencePieceModel) for value in vars(found).values())
+
+
+def test_a_worker_encodes_in_its_own_thread(spm: Path) -> None:
+    found = load_tokenizer(spm)
+    texts = python_sources(40)
+    found.encode_after(texts[:1])
+    own, whole = time.thread_time(), time.process_time()
+    ids = found.encode_after(texts)
+    own, whole = time.thread_time() - own, time.process_time() - whole
+    assert own > whole / 2, f"{own:.3f} of {whole:.3f} s of CPU time"
+    assert found.decode(ids[0].tolist()) == texts[0]
 
 
 def test_training_is_llamas_recipe_and_repeatable(spm: Path, tmp_path: Path) -> None:
