@@ -7,6 +7,7 @@ import re
 import resource
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -35,6 +36,7 @@ from llamax.runtime.logging import logger
 from llamax.runtime.units import count
 
 WAITING_S = 30  # after which missing ranks are mentioned
+POLL_S = 0.1  # between attempts to reach rank 0
 NO_MEMORY = re.compile(r"[tT]ried to allocate ([\d.]+ \w+)")  # host and device memory
 Made = dict[tuple[int, ...], dist.ProcessGroup]
 
@@ -98,7 +100,7 @@ class _TorchBackend:
                 world_size=rendezvous.world_size,
                 timeout=timeout,
             )
-        except (dist.DistError, RuntimeError) as error:
+        except (dist.DistError, RuntimeError, OSError) as error:
             raise BackendError(
                 f"rank {rendezvous.rank} of {rendezvous.world_size} could not join the others at "
                 f"{rendezvous.address}:{rendezvous.port} ({_first_line(error)}); start every rank"
@@ -238,6 +240,7 @@ def _store(rendezvous: Rendezvous, timeout: timedelta) -> Store:
     port, world_size = rendezvous.port, rendezvous.world_size
     if rendezvous.agent_store or rendezvous.rank > 0:
         address = "127.0.0.1" if rendezvous.one_machine else rendezvous.address
+        _wait_for_listener(address, port, timeout.total_seconds())
         return TCPStore(address, port, world_size, False, timeout, wait_for_workers=False)
     listener = socket.socket()
     try:
@@ -258,6 +261,23 @@ def _store(rendezvous: Rendezvous, timeout: timedelta) -> Store:
         wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )
+
+
+def _wait_for_listener(address: str, port: int, timeout_s: float) -> None:
+    """Wait until the store can be reached: torch prints a stack trace for each of its own attempts.
+
+    Raises OSError, that of the last attempt, after ``timeout_s``.
+    """
+    end = time.monotonic() + timeout_s
+    while True:
+        left = max(end - time.monotonic(), POLL_S)
+        try:
+            socket.create_connection((address, port), left).close()
+            return
+        except OSError:
+            if time.monotonic() + POLL_S > end:
+                raise
+            time.sleep(POLL_S)
 
 
 def _say_what_is_waited_for(rendezvous: Rendezvous, timeout_s: float) -> None:

@@ -3,8 +3,10 @@
 import ctypes
 import os
 import resource
+import socket
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -138,7 +140,11 @@ def test_memory_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_ranks_that_are_missing_are_mentioned_before_the_timeout(
-    where: Rendezvous, waits: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    where: Rendezvous,
+    waits: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(torch_distributed, "WAITING_S", 0.01)
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
@@ -152,6 +158,21 @@ def test_ranks_that_are_missing_are_mentioned_before_the_timeout(
         pass
     said = [record.getMessage() for record in caplog.records if record.name == "llamax"]
     assert [line[: len(waits)] for line in said] == ([waits] if waits else [])
+    assert "frame #" not in capfd.readouterr().err, "a stack trace of torch"
+
+
+def test_a_rank_waits_until_rank_0_listens() -> None:
+    listener, port = socket.socket(), free_port()
+
+    def listen() -> None:
+        listener.bind(("127.0.0.1", port))
+        listener.listen()
+
+    late = threading.Timer(0.3, listen)
+    late.start()
+    torch_distributed._wait_for_listener("127.0.0.1", port, 300)
+    late.join()
+    listener.close()
 
 
 def test_a_peer_on_the_loopback_is_explained() -> None:
