@@ -49,7 +49,7 @@ from llamax.runtime import signals
 from llamax.runtime.errors import ConfigError, Stopped
 from llamax.runtime.logging import bars_allowed, log_to_file, logger
 from llamax.runtime.text import in_shell
-from llamax.runtime.units import show_time
+from llamax.runtime.units import row, show_time
 from llamax.training import run_metadata
 from llamax.training.compile_guard import CompileGuard
 from llamax.training.folder_checks import check_run_folder
@@ -335,9 +335,9 @@ def _finish(job: Job, step: int, stopped: bool, began: float) -> None:
         )
     if job.main and job.early_stopping.over:
         logger.info(
-            "stopped early after step %d: %d validations in a row were not below %.4f",
+            "stopped early after step %d: %s not below %.4f",
             step,
-            job.early_stopping.waited,
+            row(job.early_stopping.waited, "validation"),
             job.early_stopping.best,
         )
     if job.main:

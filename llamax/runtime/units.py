@@ -28,6 +28,12 @@ def count(number: int, noun: str, plural: str = "") -> str:
     return f"{number:,} {noun if number == 1 else plural or plural_of(noun)}"
 
 
+def row(number: int, noun: str) -> str:
+    """Things that follow each other, as the subject of a sentence: 1 step was, 2 steps in a row
+    were."""
+    return f"{count(number, noun)} {'was' if number == 1 else 'in a row were'}"
+
+
 def plural_of(noun: str) -> str:
     """The plural of a noun: steps, batches."""
     return f"{noun}es" if noun.endswith("ch") else f"{noun}s"

@@ -20,6 +20,7 @@ from llamax.config.constants import CHECKPOINTS_FOLDER
 from llamax.config.step_folders import list_checkpoints, step_name, step_of
 from llamax.runtime.errors import NotFinite
 from llamax.runtime.logging import logger
+from llamax.runtime.units import row
 from llamax.training.setup import Job
 from llamax.training.step_check import StepCheck
 
@@ -60,15 +61,15 @@ def find_rewind(job: Job, check: StepCheck, saved: list[int]) -> Rewind | None:
     same = job.rewound + 1 if step == job.step else 1
     if same > MOST_REWINDS:
         raise NotFinite(
-            f"step {check.last}: {check.skipped} steps in a row were skipped again after the run "
+            f"step {check.last}: {row(check.skipped, 'step')} skipped again after the run "
             f"went back to {resumed} {MOST_REWINDS} times; lower optim.lr, raise "
             "optim.spike_sigma, or resume an earlier checkpoint"
         )
     consumed = job.consumed_sequences + (check.last - job.step) * job.config.data.global_batch
     if job.main:
         logger.warning(
-            "%d steps in a row were skipped: back to %s, and on with the samples after step %d",
-            check.skipped,
+            "%s skipped: back to %s, and on with the samples after step %d",
+            row(check.skipped, "step"),
             resumed,
             check.last,
         )

@@ -20,6 +20,7 @@ from llamax.runtime.errors import BackendError, DataError
 from llamax.runtime.files import replace_output
 from llamax.runtime.text import printable_line
 from llamax.tools.monitor.columns import Numbers, read_columns
+from llamax.tools.monitor.run_folder import check_is_run
 
 COLUMNS = ("consumed_tokens", "loss", "validation_loss")
 ENDINGS = (".png", ".svg", ".pdf")
@@ -105,14 +106,15 @@ def unit_of(tokens: float) -> tuple[float, str]:
 def read_runs(folders: Sequence[Path]) -> dict[str, dict[str, Numbers]]:
     """The losses of runs by the names of their folders; by whole paths if names are equal.
 
-    Raises DataError for a folder without records.
+    Raises DataError for a folder that is not of a run, or has no records.
     """
     names = Counter(folder.resolve().name for folder in folders)
     runs = {}
     for folder in folders:
+        check_is_run(folder)
         name = folder.resolve().name
         label = name if names[name] == 1 else str(folder)
         runs[label] = read_columns(folder / METRICS_FILE, COLUMNS)
         if not len(runs[label]["loss"]):
-            raise DataError(f"{folder}: has no records in metrics.jsonl; give a run's folder")
+            raise DataError(f"{folder}: has no records yet in {METRICS_FILE}; plot it later")
     return runs

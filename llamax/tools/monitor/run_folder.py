@@ -212,15 +212,8 @@ def read_run(folder: Path, now: float | None = None, cache: Cache | None = None)
 
     Raises DataError where it is not the folder of a run.
     """
+    check_is_run(folder)
     metrics = folder / METRICS_FILE
-    if not any((folder / name).exists() for name in (CONFIG_FILE, METRICS_FILE, LOCK_FILE)):
-        found = f"has neither {CONFIG_FILE} nor {METRICS_FILE}"
-        if is_empty(folder):
-            found = "is empty" if folder.exists() else "does not exist"
-            found += "; a run makes its folder some seconds after its start"
-        raise DataError(
-            f"{folder}: is not the folder of a run ({found}); use the run.folder of a training run"
-        )
     now = time.time() if now is None else now
     cache = cache or Cache(folder)
     environment = {
@@ -240,6 +233,18 @@ def read_run(folder: Path, now: float | None = None, cache: Cache | None = None)
         cores=core_utilization(sorted(folder.glob("neuron-monitor*.json*"))),
         locked=locked(folder / LOCK_FILE),
     )
+
+
+def check_is_run(folder: Path) -> None:
+    """Raise DataError where ``folder`` is not that of a run."""
+    if not any((folder / name).exists() for name in (CONFIG_FILE, METRICS_FILE, LOCK_FILE)):
+        found = f"has neither {CONFIG_FILE} nor {METRICS_FILE}"
+        if is_empty(folder):
+            found = "is empty" if folder.exists() else "does not exist"
+            found += "; a run makes its folder some seconds after its start"
+        raise DataError(
+            f"{folder}: is not the folder of a run ({found}); use the run.folder of a training run"
+        )
 
 
 def is_empty(folder: Path) -> bool:

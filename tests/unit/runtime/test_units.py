@@ -143,3 +143,8 @@ def test_large_numbers_and_their_nouns(number: int, text: str) -> None:
 )
 def test_speeds_in_words(n: float, text: str) -> None:
     assert show_rate(n) == text
+
+
+def test_things_in_a_row() -> None:
+    assert units.row(1, "step") == "1 step was"
+    assert units.row(3, "validation") == "3 validations in a row were"
