@@ -21,6 +21,7 @@ DISTRIBUTIONS = {  # of modules with other names, or that are part of another pa
     "pydantic_core": "pydantic",
 }
 MACHINES = {"torch_xla", "torch_neuronx", "neuronx_distributed"}  # from the machine's own index
+STANDARD = set(sys.stdlib_module_names) | {"compression"}  # which Python has from 3.14 on
 
 
 def distribution(requirement: str) -> str:
@@ -40,7 +41,7 @@ def imported(path: Path) -> set[str]:
 def test_every_imported_package_is_a_dependency_or_in_an_extra() -> None:
     named = {distribution(line) for line in PROJECT["dependencies"]}
     named |= {distribution(line) for lines in EXTRAS.values() for line in lines}
-    modules = set().union(*map(imported, SOURCES)) - set(sys.stdlib_module_names) - MACHINES
+    modules = set().union(*map(imported, SOURCES)) - STANDARD - MACHINES
     missing = {DISTRIBUTIONS.get(name, name) for name in modules} - named - {"llamax"}
     assert not missing
 
