@@ -207,3 +207,28 @@ def test_a_mistake_is_named_while_a_tokenizer_is_trained(tmp_path: Path) -> None
     with pytest.raises(DataError, match=r"a\.jsonl:7: the row has no text under key 'text'"):
         main([str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"),
               "--train-tokenizer", "300"])  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [[], ["--template", "dolly", "--field", "instruction=text",
+                                          "--field", "answer=url"]])  # fmt: skip
+def test_what_is_to_be_held_out_or_is_there_twice_is_mentioned(
+    tokenizer: Path, tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "all"
+    names = ("train/a.jsonl.zst", "test/b.jsonl.zst", "validation/b/c.jsonl", "train/A.jsonl.XZ",
+             "more/train/a.jsonl", "more/other/a.jsonl", "test.jsonl")  # fmt: skip
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_table(folder / name)
+    given = ("--tokenizer", tokenizer, "--validation", "0", *options)
+    prepare(tmp_path / "out", folder, *given)
+    assert capsys.readouterr().err == (
+        f"llamax: {folder}: the text in test and validation is taken for training too; give "
+        f"{folder}/train alone to leave it out\n"
+    )
+    write_table(folder / "train" / "a.jsonl")
+    prepare(tmp_path / "other", folder / "train", *given)
+    assert capsys.readouterr().err == (
+        f"llamax: {folder}/train/a.jsonl and {folder}/train/a.jsonl.zst are both taken; move one "
+        "away if they hold the same\n"
+    )

@@ -67,6 +67,12 @@ def refuse_packed(path: Path) -> None:
     check_decoder(path, ending)
 
 
+def without_packing(path: Path) -> Path:
+    """The path of a file without the ending that says how it is packed."""
+    ending = _name_in(path)[1]
+    return path.with_name(path.name[: len(path.name) - len(ending)])
+
+
 def is_packed(path: Path) -> bool:
     """Whether a file is to be unpacked while it is read."""
     return bool(_name_in(path)[1])

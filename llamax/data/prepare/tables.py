@@ -37,6 +37,7 @@ from llamax.data.prepare.file_kinds import (
     refuse_packed,
     too_long,
 )
+from llamax.data.prepare.folder_warnings import warn_of_files
 from llamax.data.prepare.hub_dataset import dataset_on_hub
 from llamax.data.prepare.json_stream import json_rows, list_key, top_level_keys
 from llamax.data.prepare.row_range import RowRange
@@ -125,6 +126,8 @@ def _files_in(folder: Path, name: str, left: list[str] | None) -> list[Path]:
             f"{folder}: holds no rows{f' of split {name}' if name else ''} (files with rows: "
             f"{found}); give JSONL, JSON, CSV or Parquet"
         )
+    if not name:
+        warn_of_files(folder, chosen)
     if left is not None:
         taken = {*chosen}
         left += [str(each) for each in files if each not in taken]

@@ -30,6 +30,7 @@ from llamax.data.prepare.file_kinds import (
     too_long,
     unreadable,
 )
+from llamax.data.prepare.folder_warnings import warn_of_files
 from llamax.data.prepare.hub_dataset import dataset_on_hub
 from llamax.data.prepare.json_stream import json_rows
 from llamax.data.prepare.long_text import Text, read_text
@@ -94,6 +95,9 @@ def plan(
         (path, path.stat(), named, split)
         for path, named, split in _files(inputs, glob, exclude, out, left)
     ]
+    for folder in filter(Path.is_dir, map(Path, inputs)):
+        own = [path for path, _, _, split in found if not split and path.is_relative_to(folder)]
+        warn_of_files(folder, own)
     size = max(file_kinds.CHUNK_BYTES, sum(stat.st_size for _, stat, *_ in found) // MOST_CHUNKS)
     chunks: list[Chunk] = []
     small: list[Source] = []
