@@ -36,11 +36,15 @@ class Segment(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Elements [start, stop) of the group's flat parameter number ``member``."""
+    """Elements [start, stop) of the group's flat parameter number ``member``.
+
+    ``part``: their place in the stretch of the group that was asked for.
+    """
 
     member: int
     start: int
     stop: int
+    part: slice
 
 
 class Bucket(NamedTuple):
@@ -108,17 +112,14 @@ def pieces(lengths: Sequence[int], start: int, stop: int) -> Iterator[Piece]:
     """The pieces of parameters at [start, stop) of a vector that concatenates ``lengths``."""
     offset = 0
     for member, length in enumerate(lengths):
-        low, high = max(start - offset, 0), min(stop - offset, length)
+        low, high = max(start, offset), min(stop, offset + length)
         if low < high:
-            yield Piece(member, low, high)
+            yield Piece(member, low - offset, high - offset, slice(low - start, high - start))
         offset += length
 
 
 def shared_spans(counted: Sequence[Segment], start: int, stop: int) -> Iterator[tuple[int, int]]:
     """Which elements of bucket [start, stop) are ``shared``, counted from its start."""
-    offset = 0
     for piece in pieces([segment.length for segment in counted], start, stop):
-        length = piece.stop - piece.start
         if counted[piece.member].shared:
-            yield offset, offset + length
-        offset += length
+            yield piece.part.start, piece.part.stop

@@ -230,11 +230,11 @@ class Group:
     def take_gradients(self, bucket: Bucket) -> list[Tensor]:
         """Take the bucket's gradient from the parameters, in flat parts, and clear it there."""
         taken = []
-        for member, start, stop in bucket.pieces:
+        for member, start, stop, _ in bucket.pieces:
             total = self.gradient_sums[self.names[member]]
             parts = total.parts() or [self.parameters[member].new_zeros(self.lengths[member])]
-            for part, low, high in pieces([*map(len, parts)], start, stop):
-                taken.append(parts[part][low:high])
+            for number, low, high, _ in pieces([*map(len, parts)], start, stop):
+                taken.append(parts[number][low:high])
             if stop == self.lengths[member]:
                 total.clear()
         return taken
@@ -298,10 +298,7 @@ class Group:
             copies = [(m, m.exact()) for m in bucket.moments if isinstance(m, Blockwise)]
             before = [values.clone() for _, values in copies]
             moments = [values for _, values in copies] or bucket.moments
-            offset = 0
-            for member, start, stop in pieces(self.lengths, first, first + run):
-                part = slice(offset, offset + stop - start)
-                offset += stop - start
+            for member, start, _, part in pieces(self.lengths, first, first + run):
                 name = self.names[member]
                 yield Owned(name, "weight", start, bucket.owned[part])
                 if bucket.master is not bucket.owned:
@@ -321,10 +318,9 @@ class Group:
 
 def _roots(counted: Sequence[Segment], own: slice) -> Tensor:
     """The square roots of the weights in the norm of a run's elements; 0 in the padding."""
-    roots, offset = torch.zeros(own.stop - own.start), 0
-    for member, start, stop in pieces([s.length for s in counted], own.start, own.stop):
-        roots[offset : offset + stop - start].fill_(sqrt(counted[member].weight))
-        offset += stop - start
+    roots = torch.zeros(own.stop - own.start)
+    for piece in pieces([segment.length for segment in counted], own.start, own.stop):
+        roots[piece.part].fill_(sqrt(counted[piece.member].weight))
     return roots
 
 

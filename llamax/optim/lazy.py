@@ -67,7 +67,7 @@ class LazyGroup:
 
     def gradient_of(self, bucket: Bucket) -> Tensor:
         """The bucket's summed gradient, as a new vector."""
-        parts = [self.gradients[at].reshape(-1)[start:stop] for at, start, stop in bucket.pieces]
+        parts = [self.gradients[at].reshape(-1)[start:stop] for at, start, stop, _ in bucket.pieces]
         return self._joined(bucket, parts)
 
     def _joined(self, bucket: Bucket, parts: list[Tensor]) -> Tensor:
@@ -95,10 +95,8 @@ class LazyGroup:
 
     def put(self, bucket: Bucket, weights: Tensor) -> None:
         """Write the bucket's new weights; buckets come in order."""
-        offset = 0
-        for at, start, stop in bucket.pieces:
-            self.arrived.append(weights[offset : offset + stop - start])
-            offset += stop - start
+        for at, _, stop, part in bucket.pieces:
+            self.arrived.append(weights[part])
             if stop == self.lengths[at]:
                 parameter = self.parameters[at]
                 # Not copied into: a tensor written in place is read by another program than before.
@@ -122,10 +120,7 @@ class LazyGroup:
             )
             weight = master.to(self.key.dtype)
             first = bucket.start + rank * len(master)
-            offset = 0
-            for at, start, stop in pieces(self.lengths, first, first + len(master)):
-                part = slice(offset, offset + stop - start)
-                offset += stop - start
+            for at, start, _, part in pieces(self.lengths, first, first + len(master)):
                 yield Owned(self.names[at], "weight", start, weight[part])
                 yield Owned(self.names[at], "master", start, master[part])
                 yield Owned(self.names[at], "exp_avg", start, exp_avg[part])
@@ -174,7 +169,7 @@ class LazyReducedGroup(_LazyRuns):
         assert parameter.grad is not None
         gradient, parameter.grad = parameter.grad.reshape(-1).float(), None
         for bucket, parts in zip(self.buckets, self._parts, strict=True):
-            for at, start, stop in bucket.pieces:
+            for at, start, stop, _ in bucket.pieces:
                 if at == member:
                     part = gradient[start:stop]
                     parts[at] = parts[at] + part if at in parts else part
@@ -186,7 +181,7 @@ class LazyReducedGroup(_LazyRuns):
         run = self.gradient_of(bucket)
         whole = [
             parts[at] if at in parts else run.new_zeros(stop - start)
-            for at, start, stop in bucket.pieces
+            for at, start, stop, _ in bucket.pieces
         ]
         run.add_(self.shard.reduce_scatter(self._joined(bucket, whole), 0))
         parts.clear()

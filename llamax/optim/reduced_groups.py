@@ -76,15 +76,13 @@ class ReducedGroup(Group):
         bucket, unsent = self.buckets[number], self._unsent[number]
         assert bucket.gradient is not None
         whole = bucket.gradient.new_zeros(len(bucket.gradient) * self.shard.size)
-        offset = 0
-        for member, start, stop in bucket.pieces:
+        for member, start, stop, part in bucket.pieces:
             if member in unsent:
                 gradient = self.parameters[member].grad
                 assert gradient is not None
-                part = gradient.view(-1)[start:stop]
-                whole[offset : offset + stop - start].copy_(part)
-                part.zero_()  # the rest of it may stay, and take another microstep's
-            offset += stop - start
+                sent = gradient.view(-1)[start:stop]
+                whole[part].copy_(sent)
+                sent.zero_()  # the rest of it may stay, and take another microstep's
         unsent_members = [*unsent]
         unsent.clear()
         self.reductions.add(bucket.gradient, partial(self.shard.start_reduce_scatter, whole))

@@ -102,11 +102,10 @@ def test_buckets_and_pieces_tile(lengths: list[int], ranks: int, bucket_bytes: i
         assert start == at
         assert (stop - start) % ranks == 0
         assert 4 * (stop - start) <= max(bucket_bytes, 4 * ranks)
-        seen += [
-            (piece.member, i)
-            for piece in pieces(lengths, start, stop)
-            for i in range(piece.start, piece.stop)
-        ]
+        found = [*pieces(lengths, start, stop)]
+        seen += [(piece.member, i) for piece in found for i in range(piece.start, piece.stop)]
+        places = [i for piece in found for i in range(stop - start)[piece.part]]
+        assert places == [*range(len(places))]
         at = stop
     assert at == length
     assert seen == [(member, i) for member, n in enumerate(lengths) for i in range(n)]

@@ -26,10 +26,9 @@ def joined(optimizer: Zero, run_of: Callable[[Any, Any], Tensor]) -> dict[str, T
         assert isinstance(group, Group)
         flats = {name: torch.zeros(n) for name, n in zip(group.names, group.lengths, strict=True)}
         for bucket in group.buckets:
-            whole, offset = optimizer.shard.all_gather(run_of(group, bucket), 0), 0
-            for member, start, stop in bucket.pieces:
-                flats[group.names[member]][start:stop] = whole[offset : offset + stop - start]
-                offset += stop - start
+            whole = optimizer.shard.all_gather(run_of(group, bucket), 0)
+            for member, start, stop, part in bucket.pieces:
+                flats[group.names[member]][start:stop] = whole[part]
         shapes = {n: p.shape for n, p in zip(group.names, group.parameters, strict=True)}
         found |= {name: flat.view(shapes[name]) for name, flat in flats.items()}
     return found
