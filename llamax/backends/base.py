@@ -37,7 +37,32 @@ INFERENCE = Words(
 )  # generate, evaluate
 
 
-class Backend(Protocol):
+class Device(Protocol):
+    """What a step, or a decoder, needs of a backend."""
+
+    def step_boundary(self) -> None:
+        """End a traced step: a lazy device starts the recorded program."""
+        ...
+
+    def fetch(self, tensors: Sequence[Tensor]) -> list[float]:
+        """Device scalars as Python floats; the only place where the host waits for the device."""
+        ...
+
+
+class EagerDevice:
+    """A device that runs each operation at once."""
+
+    def step_boundary(self) -> None:
+        """Nothing is pending."""
+
+    def fetch(self, tensors: Sequence[Tensor]) -> list[float]:
+        return [float(tensor) for tensor in tensors]
+
+
+EAGER_DEVICE = EagerDevice()
+
+
+class Backend(Device, Protocol):
     """The machine of one rank, as a run uses it."""
 
     name: str
@@ -47,14 +72,6 @@ class Backend(Protocol):
 
     def joined(self, mesh: Mesh, timeout_s: float) -> AbstractContextManager[Axes]:
         """The axes of ``mesh`` while the block runs."""
-        ...
-
-    def fetch(self, tensors: Sequence[Tensor]) -> list[float]:
-        """Device scalars as Python floats; the only place where the host waits for the device."""
-        ...
-
-    def step_boundary(self) -> None:
-        """End a traced step: a lazy device starts the recorded program."""
         ...
 
     def synchronize(self) -> None:

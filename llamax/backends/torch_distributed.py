@@ -8,7 +8,7 @@ import resource
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -17,11 +17,10 @@ from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from llamax.backends import cpu
-from llamax.backends.base import TRAINING, Words
+from llamax.backends.base import TRAINING, EagerDevice, Words
 from llamax.backends.of_rank_0 import of_rank_0
 from llamax.backends.torch_axes import GlooAxis, TorchAxis
 from llamax.config.hardware import gpu_peak_flops
@@ -41,7 +40,7 @@ NO_MEMORY = re.compile(r"[tT]ried to allocate ([\d.]+ \w+)")  # host and device 
 Made = dict[tuple[int, ...], dist.ProcessGroup]
 
 
-class _TorchBackend:
+class _TorchBackend(EagerDevice):
     """The process group and its axes, shared by all backends on torch.distributed."""
 
     name: str
@@ -123,12 +122,6 @@ class _TorchBackend:
             assert group is not None
             made[ranks] = group
         return self.axis(name, ranks, self.device, made[ranks])
-
-    def fetch(self, tensors: Sequence[Tensor]) -> list[float]:
-        return [float(tensor) for tensor in tensors]
-
-    def step_boundary(self) -> None:
-        """Does nothing: eager devices run each operation immediately."""
 
     def compilations(self) -> int:
         return 0

@@ -20,12 +20,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llamax import ops
+from llamax.backends.base import Device
 from llamax.config.model import ModelConfig
 from llamax.inference.sampling import Prompts, Sampling, check_finite, check_prompts
 from llamax.inference.serving.kv_pool import KVPool
@@ -35,14 +36,6 @@ from llamax.parallel.collectives import Axis
 from llamax.runtime.errors import ConfigError
 
 SMALLEST = 64  # tokens of the smallest bucket
-
-
-class Boundary(Protocol):
-    """The part of a backend that decoding needs."""
-
-    def step_boundary(self) -> None:
-        """The end of a program."""
-        ...
 
 
 class Result(NamedTuple):
@@ -100,7 +93,7 @@ class StaticDecoder:
     def __init__(
         self,
         model: Llama,
-        backend: Boundary,
+        backend: Device,
         batch: int,
         length: int,
         greedy: bool,

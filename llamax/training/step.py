@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from llamax.backends.base import EAGER_DEVICE, Device
 from llamax.checkpoint.plain_llama import own_names
 from llamax.config.rules.pipeline import splits
 from llamax.config.types import ContextBy
@@ -47,7 +48,7 @@ from llamax.training import model_checks
 from llamax.training.parts import LLAMAX, Parts
 from llamax.training.pipeline import Compute, Stage, apart, with_loss
 from llamax.training.resolve import ResolvedRun
-from llamax.training.step_result import EAGER_DEVICE, SAVE_REQUEST, Device, Step
+from llamax.training.step_result import SAVE_REQUEST, Step
 
 
 @dataclass(frozen=True)

@@ -5,37 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
 
 from torch import Tensor
 
+from llamax.backends.base import EAGER_DEVICE, Device
 from llamax.optim.loss_scale import LossScaleState
 from llamax.optim.spikes import LARGEST
 
-
-class Device(Protocol):
-    """What a step needs of a backend."""
-
-    def step_boundary(self) -> None:
-        """The end of a microstep, an update or a validation batch."""
-        ...
-
-    def fetch(self, tensors: Sequence[Tensor]) -> list[float]:
-        """Device scalars as Python floats; waits for the device."""
-        ...
-
-
-class EagerDevice:
-    """A device that runs each operation at once, without a backend around it."""
-
-    def step_boundary(self) -> None:
-        """Nothing is pending."""
-
-    def fetch(self, tensors: Sequence[Tensor]) -> list[float]:
-        return [float(tensor) for tensor in tensors]
-
-
-EAGER_DEVICE = EagerDevice()
 SAVE_REQUEST = 0.5  # of rank 0 alone; a request to stop is 1, so the sum tells both apart
 
 

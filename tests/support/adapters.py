@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from llamax.backends.base import Backend
+from llamax.backends.base import EAGER_DEVICE, Backend
 from llamax.checkpoint.build_model import load_base
 from llamax.checkpoint.hf_folder import open_source
 from llamax.config.model import ModelConfig
@@ -24,7 +24,6 @@ from llamax.parallel import pipeline, sharding
 from llamax.parallel.collectives import Axes
 from llamax.parallel.sharding import Cut
 from llamax.training.step import TrainState
-from llamax.training.step_result import EAGER_DEVICE
 from support.models import WIDE
 from support.step_reference import part_of
 

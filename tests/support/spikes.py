@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamax.backends.base import Backend
+from llamax.backends.base import EAGER_DEVICE, Backend
 from llamax.config.schema import OptimConfig
 from llamax.model.llama import Llama
 from llamax.optim.spikes import SpikeFilter
 from llamax.optim.zero import Zero
 from llamax.parallel.collectives import Axes
 from llamax.training.step import TrainState
-from llamax.training.step_result import EAGER_DEVICE
 from support.models import TINY
 from support.step_reference import GLOBAL_BATCH, SEQUENCE, build, share
 

@@ -20,7 +20,7 @@ from support.models import tiny
 from support.step_reference import GLOBAL_BATCH, OPTIM, SEQUENCE, build, share
 
 from llamax.backends import choose
-from llamax.backends.base import Backend
+from llamax.backends.base import EAGER_DEVICE, Backend
 from llamax.config.model import ModelConfig
 from llamax.config.rules.pipeline import evenly
 from llamax.optim.zero import Zero
@@ -31,7 +31,6 @@ from llamax.parallel.rendezvous import Rendezvous
 from llamax.training import pipeline
 from llamax.training.compile_guard import all_programs
 from llamax.training.step import TrainState
-from llamax.training.step_result import EAGER_DEVICE
 
 MODEL = tiny(num_hidden_layers=4)
 TOLERANCE = 2e-6

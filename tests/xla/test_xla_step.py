@@ -27,7 +27,7 @@ from support.step_reference import GLOBAL_BATCH, OPTIM, SEQUENCE, build, share
 from torch import Tensor
 
 from llamax.backends import choose
-from llamax.backends.base import Backend
+from llamax.backends.base import EAGER_DEVICE, Backend
 from llamax.backends.xla import XlaAxis
 from llamax.config.model import ModelConfig
 from llamax.config.types import ContextBy
@@ -41,7 +41,6 @@ from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import BackendError
 from llamax.training.step import TrainState
-from llamax.training.step_result import EAGER_DEVICE
 
 TOLERANCE = 1e-6
 STEPS = 2

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.models import TIED, tiny
 
+from llamax.backends.base import EagerDevice
 from llamax.cli.generate import main
 from llamax.inference.generate import GenerationSettings, precompile
 from llamax.inference.sampling import Sampling, generate_tokens, join_steps
@@ -24,7 +25,6 @@ from llamax.inference.static_decoding import (
 from llamax.model.llama import Llama
 from llamax.parallel.collectives import Solo
 from llamax.runtime.errors import CheckpointError, ConfigError
-from llamax.training.step_result import EagerDevice
 
 MODEL = tiny(initializer_range=0.4, max_position_embeddings=200)
 PROMPTS = [[1, 2, 3], [4] * 70, [5, 6]]
