@@ -34,12 +34,10 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
-from llamax.backends import choose
 from llamax.checkpoint import lock
 from llamax.checkpoint.listing import newest_checkpoint
 from llamax.checkpoint.plain_llama import MODEL_CLASS
 from llamax.config.constants import CHECKPOINTS_FOLDER, HEARTBEATS_FOLDER
-from llamax.config.rules.parallel import node_limit
 from llamax.config.rules.pipeline import chunk_layers
 from llamax.config.schema import Config
 from llamax.model.llama import Llama
@@ -67,7 +65,6 @@ from llamax.training.metrics import check_installed
 from llamax.training.parts import LLAMAX, Parts
 from llamax.training.profiler import Profiler
 from llamax.training.recorder import Recorder
-from llamax.training.resolve import resolve
 from llamax.training.rewind import Rewind, find_rewind, rewound
 from llamax.training.room import check_room
 from llamax.training.save_timer import SaveTimer
@@ -76,6 +73,7 @@ from llamax.training.setup import (
     Job,
     loaders,
     log_start,
+    open_run,
     prepare,
     throughput,
     writers,
@@ -95,11 +93,7 @@ def _train(config: Config, where: Rendezvous, parts: Parts, began: float) -> Non
         check_run_folder(Path(run.folder))
         if where.rank == where.local_rank:  # the machine of rank 0, which alone writes records
             check_installed(run)
-        backend = choose(run.backend, where, run.threads, run.stochastic_rounding)
-        inputs = open_inputs(config)
-        node_ranks = node_limit(run.backend, where.local_world_size)
-        samples = len(inputs.training)
-        resolved = resolve(inputs.config, where.world_size, samples, node_ranks=node_ranks)
+        backend, inputs, resolved = open_run(config, where)
     config, folder, timeout_s = resolved.config, Path(run.folder), run.timeout_s
     signals.hold()
     over = threading.Event()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from llamax.backends import choose
 from llamax.backends.base import Backend
 from llamax.checkpoint.atomic import write_durable
 from llamax.checkpoint.build_model import build_model, describe_finetune
@@ -22,6 +23,7 @@ from llamax.config.constants import CHECKPOINTS_FOLDER, CONFIG_FILE, METRICS_FIL
 from llamax.config.data_path import RANDOM, datasets_in
 from llamax.config.flops import flops_per_token
 from llamax.config.load import dump_config
+from llamax.config.rules.parallel import node_limit
 from llamax.config.schema import Config, FinetuneConfig
 from llamax.data.dataset import Dataset
 from llamax.data.loader import Batches
@@ -32,6 +34,7 @@ from llamax.model.lora import num_parameters
 from llamax.optim.loss_scale import LossScaleState
 from llamax.parallel.collectives import Axes
 from llamax.parallel.placeholder import Placeholder
+from llamax.parallel.rendezvous import Rendezvous
 from llamax.parallel.sharding import ShardedParameters
 from llamax.runtime.errors import CheckpointError, DataError
 from llamax.runtime.logging import logger, shows_bars
@@ -39,7 +42,7 @@ from llamax.runtime.progress import reported
 from llamax.runtime.units import amount, count, show_number
 from llamax.training.console import ConsoleWriter
 from llamax.training.early_stopping import EarlyStopping
-from llamax.training.inputs import Inputs, sample_notes
+from llamax.training.inputs import Inputs, open_inputs, sample_notes
 from llamax.training.metrics import (
     JsonlWriter,
     TensorBoardWriter,
@@ -49,7 +52,7 @@ from llamax.training.metrics import (
 )
 from llamax.training.parts import LLAMAX, Parts
 from llamax.training.recorder import Throughput
-from llamax.training.resolve import ResolvedRun
+from llamax.training.resolve import ResolvedRun, resolve
 from llamax.training.step import TrainState
 from llamax.training.step_check import SKIPPED_IN_A_ROW, SKIPPED_SINCE
 
@@ -106,6 +109,16 @@ class Job:
     @property
     def main(self) -> bool:
         return self.state.axes.world.rank == 0
+
+
+def open_run(config: Config, where: Rendezvous) -> tuple[Backend, Inputs, ResolvedRun]:
+    """The device and the open inputs of a run on this rank, and its configuration resolved."""
+    run = config.run
+    backend = choose(run.backend, where, run.threads, run.stochastic_rounding)
+    inputs = open_inputs(config)
+    node_ranks, samples = node_limit(run.backend, where.local_world_size), len(inputs.training)
+    resolved = resolve(inputs.config, where.world_size, samples, node_ranks=node_ranks)
+    return backend, inputs, resolved
 
 
 def prepare(

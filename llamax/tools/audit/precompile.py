@@ -18,17 +18,13 @@ from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from llamax.backends import choose
-from llamax.config.rules.parallel import node_limit
 from llamax.config.schema import Config
 from llamax.parallel.rendezvous import Rendezvous, report_errors_once
 from llamax.runtime.errors import BackendError
 from llamax.runtime.hub_name import hub_name
 from llamax.runtime.logging import logger
 from llamax.tools.audit import compile_cache
-from llamax.training.inputs import open_inputs
-from llamax.training.resolve import resolve
-from llamax.training.setup import loaders, prepare
+from llamax.training.setup import loaders, open_run, prepare
 
 EXTRACT, CACHE = "NEURON_EXTRACT_GRAPHS_ONLY", "NEURON_COMPILE_CACHE_URL"
 STEPS, BATCHES = 2, 2
@@ -53,11 +49,8 @@ def precompile(config: Config, where: Rendezvous, environ: Mapping[str, str]) ->
             checkpoint=replace(config.checkpoint, resume="never", init_from=base),
         )
         with report_errors_once(where):
-            backend = choose(run.backend, where, run.threads, run.stochastic_rounding)
-            inputs = replace(open_inputs(config), first=None)  # only names of the base are read
-            node_ranks = node_limit(run.backend, where.local_world_size)
-            samples = len(inputs.training)
-            resolved = resolve(inputs.config, where.world_size, samples, node_ranks=node_ranks)
+            backend, inputs, resolved = open_run(config, where)
+        inputs = replace(inputs, first=None)  # only names of the base are read
         with backend.joined(resolved.mesh, run.timeout_s) as axes:
             job = prepare(resolved, backend, axes, inputs, draw=False)
             training, validation = loaders(job)
