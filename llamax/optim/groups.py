@@ -155,13 +155,13 @@ class Group:
         self.lengths = [parameter.numel() for parameter in self.parameters]
         unit = shard.size * key.unit
         self.length = padded(sum(self.lengths), unit)
-        self.weights = self._flat_weights(axes)
+        self.weights = self._flat_weights()
         self.device = device = self.weights.device
         self.separate = key.dtype != torch.float32 or device.type not in EAGER_BACKENDS
         self.shares = axes.kv.size > 1 and any(segment.shared for segment in counted)
         self.gradient: Tensor | None = None
         if self.separate or self.shares or key.partial or key.tied or axes.data.size > 1:
-            self.gradient = self._flat_gradient(shard.size)
+            self.gradient = self._flat_gradient()
         self.accumulates = self.gradient is not None
         self.buckets = [
             self._bucket(start, stop, shard, counted)
@@ -201,7 +201,7 @@ class Group:
             return Blockwise(length, signed, self.device, self.key.offload)
         return at_home(torch.zeros(length, device=self.device), self.key.offload)
 
-    def _flat_weights(self, axes: Axes) -> Tensor:
+    def _flat_weights(self) -> Tensor:
         """All weights end to end; parameters become views of them."""
         flat = torch.zeros(self.length, dtype=self.key.dtype, device=self.parameters[0].device)
         for parameter, view in zip(self.parameters, self._views(flat), strict=True):
@@ -209,7 +209,7 @@ class Group:
             parameter.data = view
         return flat
 
-    def _flat_gradient(self, ranks: int) -> Tensor:
+    def _flat_gradient(self) -> Tensor:
         """Where gradients are summed, in float32, and the hooks that do it."""
         device = self.parameters[0].device
         total = torch.zeros(self.length, dtype=torch.float32, device=device)

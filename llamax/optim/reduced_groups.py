@@ -56,11 +56,11 @@ class ReducedGroup(Group):
                 self._buckets_of[piece.member].append(number)
         self._unsent: list[set[int]] = [set() for _ in self.buckets]  # members with a gradient
 
-    def _flat_gradient(self, ranks: int) -> Tensor:
+    def _flat_gradient(self) -> Tensor:
         for member, parameter in enumerate(self.parameters):
             parameter.register_post_accumulate_grad_hook(partial(self._arrived, member))
         device = self.parameters[0].device
-        return torch.zeros(self.length // ranks, dtype=torch.float32, device=device)
+        return torch.zeros(self.length // self.shard.size, dtype=torch.float32, device=device)
 
     def _arrived(self, member: int, parameter: Tensor) -> None:
         """Take note of a new gradient, and send the buckets that it completes."""
@@ -128,9 +128,9 @@ class SpreadGroup(Group):
         layer.store = self.store
         Placeholder.replace(weight, name)
 
-    def _flat_weights(self, axes: Axes) -> Tensor:
+    def _flat_weights(self) -> Tensor:
         return self.store.run
 
-    def _flat_gradient(self, ranks: int) -> Tensor:
+    def _flat_gradient(self) -> Tensor:
         assert self.store.gradient is not None
         return self.store.gradient
