@@ -40,6 +40,7 @@ from llamax.inference.prompts import Prompt, PromptFormat, read_prompts
 from llamax.inference.sampling import Sampling, check_prompts, sampling_of
 from llamax.inference.static_decoding import StaticDecoder, cache_length, programs
 from llamax.model.layout import transpose_weights
+from llamax.model.llama import Llama
 from llamax.model.placement import move_model
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
@@ -161,8 +162,8 @@ def generate(
     """
     rows = read_prompts(prompts, prompts_file, settings.template)[: settings.limit or None]
     opened = ask(_load(Path(model), str(tokenizer), str(base), rank.world_size), rows, settings)
-    with _engines([opened], settings, rank, out) as (engine_of, file):
-        engine, main = engine_of(0), rank.rank == 0
+    with _engines([opened], settings, rank, out) as (build, file):
+        engine, main = build(0), rank.rank == 0
         alone = len(opened.prompts) == 1
         done: list[Completion] = []
         for batch, completions in _batches(
@@ -196,8 +197,8 @@ def precompile(
         )
     rows, settings = read_prompts((), None, settings.template), replace(settings, max_new_tokens=1)
     opened = ask(_load(Path(model), str(tokenizer), str(base), rank.world_size), rows, settings)
-    with _engines([opened], settings, rank, None) as (engine_of, _):
-        decoder = engine_of(0).decoder
+    with _engines([opened], settings, rank, None) as (build, _):
+        decoder = build(0).decoder
         assert decoder is not None
         decoder.run_all()
     return len(programs(settings.length))
@@ -249,10 +250,10 @@ def compare(
     ]
     record = next((model.prompt for model in reversed(loaded) if model.prompt), None)
     opened = [ask(replace(model, prompt=record), rows, settings) for model in loaded]
-    with _engines(opened, settings, rank, out) as (engine_of, file):
+    with _engines(opened, settings, rank, out) as (build, file):
         answers: list[list[Completion]] = []
         for number, model in enumerate(opened):
-            engine = engine_of(number)
+            engine = build(number)
             batches = _batches(engine, model.prompts, settings.batch, silent, rank.rank == 0)
             answers.append([completion for _, done in batches for completion in done])
             logger.info("%s", engine.speed)
@@ -274,6 +275,17 @@ class Opened(NamedTuple):
     model: LoadedModel
     prompts: list[Prompt]
     stop_ids: set[int]
+
+    def engine(self, model: Llama, settings: GenerationSettings) -> Engine:
+        """The engine that continues the prompts, with the model as it was built."""
+        return Engine(
+            model,
+            self.model.tokenizer,
+            settings.sampling(self.model.generation),
+            settings.max_new_tokens,
+            settings.stop,
+            self.stop_ids,
+        )
 
 
 def _load(path: Path, tokenizer: str, base: str, ranks: int) -> LoadedModel:
@@ -328,14 +340,7 @@ def _engines(
                 model = opened.model.build(
                     axes.tp, home, settings.dtype, quantize=settings.quantize
                 )
-            engine = Engine(
-                model,
-                opened.model.tokenizer,
-                settings.sampling(opened.model.generation),
-                settings.max_new_tokens,
-                settings.stop,
-                opened.stop_ids,
-            )
+            engine = opened.engine(model, settings)
             if backend.traces:
                 move_model(model, backend.device)
                 engine.decoder = static_decoder(engine, opened.prompts, settings, backend)
@@ -350,12 +355,8 @@ def static_decoder(
     engine: Engine, prompts: Sequence[Prompt], settings: GenerationSettings, backend: Backend
 ) -> StaticDecoder:
     """The decoder of all prompts of a model on a device that compiles programs."""
-    length = cache_length(
-        engine.model.config,
-        [prompt.ids for prompt in prompts],
-        settings.max_new_tokens,
-        settings.length,
-    )
+    ids = [prompt.ids for prompt in prompts]
+    length = cache_length(engine.model.config, ids, settings.max_new_tokens, settings.length)
     return StaticDecoder(
         engine.model,
         backend,

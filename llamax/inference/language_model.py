@@ -142,7 +142,7 @@ class LanguageModel:
         if several and not rows:
             return []
         opened = ask(self._loaded, read_prompts(rows, None, template), settings)
-        engine = self._engine(opened, settings)
+        engine = opened.engine(self.model, settings)
         if stream:
             return self._streamed(engine, opened)
         texts: list[str] = []
@@ -179,16 +179,6 @@ class LanguageModel:
         with self._computing():
             logits: Tensor = self.model(ids if ids.dim() == 2 else ids[None])
         return logits
-
-    def _engine(self, opened: Opened, settings: GenerationSettings) -> Engine:
-        return Engine(
-            self.model,
-            self.tokenizer,
-            settings.sampling(self._loaded.generation),
-            settings.max_new_tokens,
-            settings.stop,
-            opened.stop_ids,
-        )
 
     def _streamed(self, engine: Engine, opened: Opened) -> Iterator[str]:
         (prompt,) = opened.prompts

@@ -33,7 +33,7 @@ from llamax.data.chat.template_source import source_of
 from llamax.data.chat.templates import Template
 from llamax.inference.engine import open_model
 from llamax.inference.hub_tokenizer import HubTokenizer
-from llamax.inference.sampling import Sampling, generate_tokens, warn_not_applied
+from llamax.inference.sampling import Sampling, first_given, generate_tokens, warn_not_applied
 from llamax.parallel.collectives import Solo
 from llamax.runtime.errors import BackendError, ConfigError, DataError
 from llamax.runtime.logging import logger
@@ -318,8 +318,8 @@ class Harness(TemplateLM):  # type: ignore[misc, unused-ignore]
         of_model = self.generation
         return Sampling(
             1.0 if temperature is None else float(temperature),
-            int(_first(options.get("top_k"), of_model.get("top_k"), TOP_K)),
-            float(_first(options.get("top_p"), of_model.get("top_p"), 1.0)),
+            int(first_given(options.get("top_k"), of_model.get("top_k"), TOP_K)),
+            float(first_given(options.get("top_p"), of_model.get("top_p"), 1.0)),
         )
 
 
@@ -333,8 +333,3 @@ def _score(log_p_SV: Tensor, ids: Sequence[int], count: int) -> tuple[float, boo
 
 def _batches(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
     return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def _first(*values: Any) -> Any:
-    """The first value that is given."""
-    return next(value for value in values if value is not None)

@@ -124,11 +124,11 @@ def sampling_of(
         if value is not None and not (type(value) in (int, float) and abs(value) < 2**31):
             raise ConfigError(f"generation_config.json: {name} is {value!r:.40}; use a number")
     usual = 0.8 if sample is None else 1.0
-    theirs = 0.0 if sample is False else _first(found["temperature"], usual)
+    theirs = 0.0 if sample is False else first_given(found["temperature"], usual)
     return Sampling(
-        _first(temperature, theirs),
-        int(_first(None if top_k is None else check_whole("top_k", top_k), found["top_k"], 0)),
-        _first(top_p, found["top_p"], 1.0),
+        first_given(temperature, theirs),
+        int(first_given(None if top_k is None else check_whole("top_k", top_k), found["top_k"], 0)),
+        first_given(top_p, found["top_p"], 1.0),
         seed,
     )
 
@@ -143,7 +143,7 @@ def warn_not_applied(generation: Mapping[str, Any]) -> None:
         )
 
 
-def _first(*values: float | None) -> float:
+def first_given(*values: float | None) -> float:
     """The first value that is given."""
     return next(value for value in values if value is not None)
 
