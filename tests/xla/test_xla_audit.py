@@ -21,13 +21,14 @@ import torch
 from support import adapters
 from support.audited_runs import TP2_DP2, audited, tiny
 from support.models import TINY
-from support.tiny_run import make_dataset, write
+from support.runs import on_mesh
+from support.tiny_run import config, make_dataset, write
 from torch import Tensor
 
 from llamax.backends.tracing import Tracer
 from llamax.config.flops import flops_per_token
 from llamax.config.hardware import load_machine
-from llamax.config.schema import Config, FinetuneConfig, ParallelConfig
+from llamax.config.schema import Config, FinetuneConfig, OptimConfig, ParallelConfig
 from llamax.parallel import tensor_parallel
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
@@ -278,3 +279,23 @@ def test_a_number_in_the_programs_of_generating_is_found(planted: str) -> None:
         found = audited_generation(num_hidden_layers=1).divergences
     assert found[0].where == ("rank 1" if planted == "rank" else "rank 0, 2 prompts")
     assert HERE in found[0].how.found.source
+
+
+@pytest.mark.parametrize("mesh", [Mesh(tp=2, dp=2), Mesh(tp=2, pp=2)])
+def test_skipping_outliers_makes_no_other_program(tmp_path: Path, mesh: Mesh) -> None:
+    folder = make_dataset(tmp_path)
+    plain = config(folder, folder / "run", backend="xla")
+    plain = replace(plain, parallel=ParallelConfig(tensor=2, bucket_bytes=8192))
+    skipping = replace(plain, optim=OptimConfig(skip_spikes="both", spike_window=16))
+    off, on = (
+        audit_run(on_mesh(each, mesh), load_machine("trn1.32xlarge")) for each in (plain, skipping)
+    )
+    assert on.problems == off.problems == []
+    assert [kind.name for kind in on.kinds] == [kind.name for kind in off.kinds]
+    for kind, plainly in zip(on.kinds, off.kinds, strict=True):
+        assert len(kind.traced) == len(plainly.traced)
+        assert sum(each.count for each in kind.collectives) == sum(
+            each.count for each in plainly.collectives
+        )
+        if kind.formula is not None:
+            assert set(kind.formula) == set(kind.collectives)

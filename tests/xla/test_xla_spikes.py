@@ -14,17 +14,14 @@ pytest.importorskip("torch_xla", reason="needs torch-xla: `make test` runs this 
 
 import torch
 from support import ranks
-from support.runs import on_mesh
 from support.spikes import SPIKES, train
 from support.spiky_llama import SpikyLlama, make_spiky
-from support.tiny_run import config, log_of, make_dataset
+from support.tiny_run import config, log_of
 
 from llamax.backends import choose
-from llamax.config.hardware import load_machine
-from llamax.config.schema import Config, OptimConfig, ParallelConfig
+from llamax.config.schema import Config, ParallelConfig
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
-from llamax.tools.audit.auditor import audit_run
 from llamax.train import train as train_program
 from llamax.training.parts import Parts
 
@@ -53,26 +50,6 @@ def on_replicas(rank: int, meshes: list[tuple[Mesh, int]]) -> list[tuple[Any, ..
 def test_a_skipped_step_leaves_no_trace_and_compiles_nothing() -> None:
     expected = (SPIKES, SPIKES, [], True, 2, 0)
     assert ranks.run(4, on_replicas, MESHES) == 4 * [[expected] * len(MESHES)]
-
-
-@pytest.mark.parametrize("mesh", [Mesh(tp=2, dp=2), Mesh(tp=2, pp=2)])
-def test_the_audit_finds_the_same_programs(tmp_path: Any, mesh: Mesh) -> None:
-    folder = make_dataset(tmp_path)
-    plain = config(folder, folder / "run", backend="xla")
-    plain = replace(plain, parallel=ParallelConfig(tensor=2, bucket_bytes=8192))
-    skipping = replace(plain, optim=OptimConfig(skip_spikes="both", spike_window=16))
-    off, on = (
-        audit_run(on_mesh(each, mesh), load_machine("trn1.32xlarge")) for each in (plain, skipping)
-    )
-    assert on.problems == off.problems == []
-    assert [kind.name for kind in on.kinds] == [kind.name for kind in off.kinds]
-    for kind, plainly in zip(on.kinds, off.kinds, strict=True):
-        assert len(kind.traced) == len(plainly.traced)
-        assert sum(each.count for each in kind.collectives) == sum(
-            each.count for each in plainly.collectives
-        )
-        if kind.formula is not None:
-            assert set(kind.formula) == set(kind.collectives)
 
 
 def gone_back(rank: int, cfg: Config) -> tuple[Any, ...]:
