@@ -25,8 +25,6 @@ from llamax.runtime.logging import logger
 from llamax.runtime.units import count
 
 Answer = Literal["warn", "stop", "off"]
-
-
 ChunkKind = tuple[bool, bool, int]  # whether first, whether last of all, layers
 
 
@@ -137,8 +135,8 @@ class CompileGuard:
                 "a Python number or state differs between steps; llamax audit names the line, "
                 "make it a tensor"
             )
-        programs = count(more, "program")
-        message = f"step {step}: {part} compiled {programs} more than it needs, because {cause}"
+        extra = count(more, "program")
+        message = f"step {step}: {part} compiled {extra} more than it needs, because {cause}"
         self.reported = True
         if self.fatal:
             raise BackendError(f"{message}; run.compile_guard=warn goes on")

@@ -343,15 +343,11 @@ def writers(job: Job) -> list[Writer]:
     views: list[Writer] = [log, ConsoleWriter(run.steps, job.step, bar)]
     if run.tensorboard:
         views.append(TensorBoardWriter(job.folder / "tensorboard", job.step))
+    settings, earlier = asdict(job.config), (log.kept, log.went_back)
     if run.wandb != "off":
-        settings = asdict(job.config)
-        board = WandbWriter(
-            job.folder, run.wandb_project, run.wandb, settings, log.kept, log.went_back
-        )
-        views.append(board)
+        views.append(WandbWriter(job.folder, run.wandb_project, run.wandb, settings, *earlier))
     if run.trackio:
-        settings = asdict(job.config)
-        views.append(TrackioWriter(job.folder, run.trackio, settings, log.kept, log.went_back))
+        views.append(TrackioWriter(job.folder, run.trackio, settings, *earlier))
     return views
 
 
