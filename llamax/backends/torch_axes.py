@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llamax.config.constants import STAGED_BYTES
-from llamax.parallel.collectives import Reduction
+from llamax.parallel.collectives import Axis, Reduction
 
 # The names of torch 2.13, whose older ones warn; torch 2.9 has only these.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -30,7 +30,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
-class TorchAxis:
+class TorchAxis(Axis):
     """An axis over a process group; ``ranks``: its global ranks in the order of the axis."""
 
     def __init__(
@@ -81,9 +81,6 @@ class TorchAxis:
         arrived = torch.empty_like(parts)
         dist.all_to_all_single(arrived, parts, group=self.group)
         return _join(arrived, concat)
-
-    def shift(self, x: Tensor, by: int = 1) -> Tensor:
-        return self.start_shift(x, by)()
 
     def start_shift(self, x: Tensor, by: int = 1) -> Callable[[], Tensor]:
         x, arrived = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)

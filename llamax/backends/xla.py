@@ -22,7 +22,6 @@ import os
 import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import BackendError
 
 
-class XlaAxis:
+class XlaAxis(Axis):
     """An axis over the collectives of ``xm``, for global ``rank``.
 
     ``widen``: all-reduce 16-bit types in float32; the CPU client cannot do so in bfloat16.
@@ -68,9 +67,6 @@ class XlaAxis:
         y: Tensor = self.xm.all_gather(x, dim % x.dim(), groups=self.groups, pin_layout=False)
         return y
 
-    def start_all_gather(self, x: Tensor) -> Callable[[], Tensor]:
-        return partial(self.all_gather, x, 0)
-
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
         y: Tensor = self.xm.reduce_scatter(
             "sum",
@@ -83,9 +79,6 @@ class XlaAxis:
         )
         return y
 
-    def start_reduce_scatter(self, x: Tensor) -> Callable[[], Tensor]:
-        return partial(self.reduce_scatter, x, 0)
-
     def all_to_all(self, x: Tensor, split: int, concat: int) -> Tensor:
         y: Tensor = self.xm.all_to_all(
             x,
@@ -97,17 +90,14 @@ class XlaAxis:
         )
         return y
 
-    def shift(self, x: Tensor, by: int = 1) -> Tensor:
+    def start_shift(self, x: Tensor, by: int = 1) -> Callable[[], Tensor]:
         pairs = [
             [group[place], group[(place + by) % self.size]]
             for group in self.groups
             for place in range(self.size)
         ]
+        # Recorded here: the order of collectives is that of their starts.
         y: Tensor = self.xm.collective_permute(x, pairs)
-        return y
-
-    def start_shift(self, x: Tensor, by: int = 1) -> Callable[[], Tensor]:
-        y = self.shift(x, by)  # recorded here: the order of collectives is that of their starts
         return lambda: y
 
     def _divisible(self, x: Tensor, dim: int) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -47,7 +48,7 @@ class Axis(Protocol):
 
         Devices that trace programs gather in that function: their compiler decides when.
         """
-        ...
+        return partial(self.all_gather, x, 0)
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
         """This rank's share along ``dim`` of the sum: [.., size * n, ..] -> [.., n, ..]."""
@@ -55,7 +56,7 @@ class Axis(Protocol):
 
     def start_reduce_scatter(self, x: Tensor) -> Callable[[], Tensor]:
         """Begin ``reduce_scatter(x, 0)``, as ``start_all_gather`` does; ``x`` is left alone."""
-        ...
+        return partial(self.reduce_scatter, x, 0)
 
     def all_to_all(self, x: Tensor, split: int, concat: int) -> Tensor:
         """Send share j along ``split`` to rank j, join what arrives along ``concat``."""
@@ -63,14 +64,17 @@ class Axis(Protocol):
 
     def shift(self, x: Tensor, by: int = 1) -> Tensor:
         """The tensor of rank ``rank - by``, around the ring: [...] -> [...]."""
-        ...
+        return self.start_shift(x, by)()
 
     def start_shift(self, x: Tensor, by: int = 1) -> Callable[[], Tensor]:
-        """Begin ``shift(x, by)``, as ``start_all_gather`` does."""
+        """Begin ``shift(x, by)``; the function returned waits for it.
+
+        Devices that trace programs record it here: the order of their shifts is that of the starts.
+        """
         ...
 
 
-class Solo:
+class Solo(Axis):
     """An axis of size one: every verb is the identity."""
 
     size = 1
@@ -86,19 +90,10 @@ class Solo:
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
         return x
 
-    def start_all_gather(self, x: Tensor) -> Callable[[], Tensor]:
-        return lambda: x
-
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
         return x
 
-    def start_reduce_scatter(self, x: Tensor) -> Callable[[], Tensor]:
-        return lambda: x
-
     def all_to_all(self, x: Tensor, split: int, concat: int) -> Tensor:
-        return x
-
-    def shift(self, x: Tensor, by: int = 1) -> Tensor:
         return x
 
     def start_shift(self, x: Tensor, by: int = 1) -> Callable[[], Tensor]:

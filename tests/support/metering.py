@@ -32,7 +32,7 @@ class Meter:
         self.sent_bytes.clear()
 
 
-class Metered:
+class Metered(Axis):
     """An axis that counts what it sends, then passes the call on."""
 
     def __init__(self, axis: Axis, meter: Meter) -> None:
@@ -63,9 +63,6 @@ class Metered:
     def all_to_all(self, x: Tensor, split: int, concat: int) -> Tensor:
         self.meter.add(self, "all_to_all", x.nbytes)
         return self.axis.all_to_all(x, split, concat)
-
-    def shift(self, x: Tensor, by: int = 1) -> Tensor:
-        return self.start_shift(x, by)()
 
     def start_shift(self, x: Tensor, by: int = 1) -> Callable[[], Tensor]:
         self.meter.add(self, "shift", x.nbytes * self.size / max(self.size - 1, 1))
