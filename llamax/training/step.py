@@ -228,7 +228,7 @@ class TrainState:
         rank.
         """
         sums = mean = torch.zeros(2).to(self.axes.data.rank_index.device)
-        stage = self._stage
+        one_stage = self.axes.pp.size == 1
 
         def compute(micros: Sequence[Batch], micro: Micro, x_BsD: Tensor | None) -> Tensor:
             nonlocal sums, mean
@@ -236,14 +236,14 @@ class TrainState:
             if not self._ends(layers):
                 return self._hidden(batch, None, x_BsD, layers)
             sums = sums + torch.stack(self._loss(batch, None, x_BsD, layers))
-            if stage.first:  # the mean of all so far: every batch runs the same program
+            if one_stage:  # the mean of all so far: every batch runs the same program
                 mean = self._mean(sums)
             return sums
 
         for microbatches in batches:
             self._prefetch.begin("validation")
             self._run(forwards, microbatches, partial(compute, microbatches))
-        if not (stage.first and stage.last):
+        if not one_stage:
             mean = self._mean(sums)
             self.backend.step_boundary()
         return mean
