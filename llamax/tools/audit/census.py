@@ -147,15 +147,15 @@ def live(program: Program, replaceable: Iterable[Shape] = ()) -> Live:
 
     ``replaceable``: the tensors that are held between programs and that outputs may replace.
     """
-    by_name = program.by_name
-    users: dict[str, list[str]] = {each.name: [] for each in program.instructions}
-    for each in program.instructions:
+    by_name, needed = program.by_name, _needed(program)
+    users: dict[str, list[str]] = {each.name: [] for each in needed}
+    for each in needed:
         for operand in dict.fromkeys(each.operands):
             users[operand].append(each.name)
     outputs = {_whole(name, by_name): by_name[name].shape for name in program.outputs}
     own = {*outputs, *_sums(program, users)}
-    size = {each.name: _allocated(each, users, own) for each in program.instructions}
-    needs = {each.name: _roots(each, by_name, size) for each in program.instructions}
+    size = {each.name: _allocated(each, users, own) for each in needed}
+    needs = {each.name: _roots(each, by_name, size) for each in needed}
     waiting = Counter[str]()
     for name, roots in needs.items():
         if size[name] is not None:
@@ -163,7 +163,7 @@ def live(program: Program, replaceable: Iterable[Shape] = ()) -> Live:
     for name in outputs:
         waiting.update([name] if size[name] is not None else needs[name])
 
-    makers = _depth_first(program, size, needs, outputs)
+    makers = _depth_first(needed, size, needs, outputs)
     available = Counter(str(each.shape) for each in program.parameters)
     wanted = Counter(map(str, outputs.values()))
     donated = {shape: min(available[shape], wanted[shape]) for shape in wanted}
@@ -255,14 +255,29 @@ def live(program: Program, replaceable: Iterable[Shape] = ()) -> Live:
     return Live(inputs, output, peak - output, replaced)
 
 
+def _needed(program: Program) -> list[Instruction]:
+    """The instructions that a result needs; a compiler leaves out the others.
+
+    Such is the last number by which torch-xla makes one collective follow another: it needs all of
+    them, and would be ready before any product.
+    """
+    found, stack = set[str](), [*program.outputs]
+    while stack:
+        name = stack.pop()
+        if name not in found:
+            found.add(name)
+            stack += program.by_name[name].operands
+    return [each for each in program.instructions if each.name in found]
+
+
 def _depth_first(
-    program: Program,
+    needed: Sequence[Instruction],
     size: Mapping[str, int | None],
     needs: Mapping[str, Sequence[str]],
     outputs: Container[str],
 ) -> list[str]:
     """What has memory of its own, each after what it needs, and of that the largest first."""
-    names = [each.name for each in program.instructions if each.opcode != "parameter"]
+    names = [each.name for each in needed if each.opcode != "parameter"]
     makers = [name for name in names if size[name] is not None]
     weights: dict[str, int] = {}  # bytes on the path to a result that makes most
     for name in makers:

@@ -92,6 +92,23 @@ def test_the_last_of_two_users_runs_at_once() -> None:
     assert census.live(program_of(*lines)).between_bytes < 3 * 50 * 100 * 4
 
 
+def test_what_no_result_needs_is_left_out() -> None:
+    """%dead would come first, with all that it needs, and %b lie there while %x is made."""
+    program = program_of(
+        "  %p = f32[64]{0} parameter(0)",
+        "  %a = f32[64]{0} all-gather(f32[64]{0} %p), replica_groups={{0}}",
+        "  %token = f32[] gather(f32[64]{0} %a)",
+        "  %after = f32[64]{0} add(f32[64]{0} %p, f32[] %token)",
+        "  %b = f32[64]{0} all-gather(f32[64]{0} %after), replica_groups={{0}}",
+        "  %dead = f32[] gather(f32[64]{0} %b)",
+        "  %x = f32[128]{0} dot(f32[64]{0} %a, f32[64]{0} %p)",
+        "  %y = f32[64]{0} dot(f32[64]{0} %b, f32[128]{0} %x)",
+        "%t = (f32[64]{0}) tuple(f32[64]{0} %y)",
+    )
+    a, b, x, token = 256, 256, 512, 4
+    assert census.live(program).between_bytes == max(a + x, x + token + b)
+
+
 def test_remarks_name_the_first_line() -> None:
     program = program_of(
         '%p.1 = s64[4]{0} parameter(0), metadata={source_file="/a/b.py" source_line=1}',
