@@ -118,6 +118,7 @@ class GlooAxis(TorchAxis):
         self, name: str, ranks: Sequence[int], device: torch.device, group: dist.ProcessGroup
     ) -> None:
         super().__init__(name, ranks, device, group)
+        self._others = [rank for rank in range(self.size) if rank != self.rank]
         self._staged = {role: torch.empty(0, dtype=torch.uint8) for role in ("out", "in")}
 
     def all_reduce(self, x: Tensor, op: Reduction = "sum") -> Tensor:
@@ -136,7 +137,8 @@ class GlooAxis(TorchAxis):
         whole = x.new_empty(self.size, *x.shape)
         whole[self.rank] = x
         with _unrecorded():
-            requests = self._begin([whole[self.rank]] * self.size, whole)
+            sent, received = whole[self.rank], [whole[rank] for rank in self._others]
+            requests = self._begin([sent] * len(received), received)
 
         def arrived() -> Tensor:
             for request in requests:
@@ -161,9 +163,9 @@ class GlooAxis(TorchAxis):
             total = self.reduce_scatter(x, 0)
             return lambda: total
         parts = self._split(x, 0)
-        arrived = torch.empty_like(parts)
+        arrived = torch.empty_like(parts[1:])
         with _unrecorded():
-            requests = self._begin([*parts], arrived)
+            requests = self._begin([parts[rank] for rank in self._others], [*arrived])
 
         def arrived_sum() -> Tensor:
             for request in requests:
@@ -181,24 +183,24 @@ class GlooAxis(TorchAxis):
         They lie in the permanent buffer until the next exchange, but for the rank's part of
         ``parts`` itself.
         """
-        arrived, sent = self._buffer("in", parts), parts
+        arrived, sent = self._buffer("in", parts[1:]), [parts[rank] for rank in self._others]
         if not parts[0].is_contiguous():
-            sent = self._buffer("out", parts).copy_(parts)
-        for request in self._begin([*sent], arrived):
+            staged = self._buffer("out", parts[1:])
+            sent = [place.copy_(part) for place, part in zip(staged, sent, strict=True)]
+        for request in self._begin(sent, [*arrived]):
             request.wait()
         return self._own(parts, arrived)
 
     def _own(self, parts: Tensor, arrived: Tensor) -> list[Tensor]:
         """The parts that are for this rank, in rank order: of all ranks, its own among them."""
-        return [parts[rank] if rank == self.rank else arrived[rank] for rank in range(self.size)]
+        return [*arrived[: self.rank], parts[self.rank], *arrived[self.rank :]]
 
-    def _begin(self, sent: Sequence[Tensor], arrived: Tensor) -> list[dist.Work]:
-        """Begin to send ``sent[j]`` to rank j, and to receive ``arrived[j]`` from it."""
-        others = [rank for rank in range(self.size) if rank != self.rank]
+    def _begin(self, sent: Sequence[Tensor], arrived: Sequence[Tensor]) -> list[dist.Work]:
+        """Begin to send a tensor to each other rank, in order, and to receive one from it."""
         moves = [
-            dist.P2POp(move, x[rank], self.ranks[rank], self.group)
-            for move, x in ((dist.isend, sent), (dist.irecv, arrived))
-            for rank in others
+            dist.P2POp(move, part, self.ranks[rank], self.group)
+            for move, parts in ((dist.isend, sent), (dist.irecv, arrived))
+            for rank, part in zip(self._others, parts, strict=True)
         ]
         return dist.batch_isend_irecv(moves)
 
