@@ -181,9 +181,13 @@ def communication(share: Share, machine: Machine) -> Line:
     both = 2  # sent and received
     if machine.backend == "cpu":  # the buffers for gloo stay; some longer messages use none
         both = 1  # runs of a bucket are sent from where they are
+        if share.sequence:  # the rank's own part is neither sent nor received
+            hidden *= 1 - 1 / share.mesh.tp
         hidden = hidden if hidden <= STAGED_BYTES else 0
-        whole = share.config.parallel.zero == 0 and bucket > STAGED_BYTES
-        bucket = 0 if whole else min(bucket, STAGED_BYTES)
+        if share.config.parallel.zero:
+            bucket = min(bucket, STAGED_BYTES) * (1 - 1 / share.owners)
+        elif bucket > STAGED_BYTES:
+            bucket = 0
         summed = summed_run(share)
         bucket += summed if summed <= STAGED_BYTES else 0
     ways = 2 if share.sequence else 1  # an all-reduce works in place
