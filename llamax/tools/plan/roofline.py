@@ -9,6 +9,7 @@
                               flash kernel all pairs of tokens, and their bytes
                 element-wise  bytes / memory bandwidth: norms, rope, SwiGLU, residuals; logits,
                               or on trn1 the cycles of the kernels that make and use them (nki_loss)
+                dequantise    bytes / memory bandwidth: a base of QLoRA made dense, layer by layer
                 tensor        bytes / link bandwidth + steps x latency: gathers and scatters
                 context       the same for keys and values of whole sequences
                 pipeline      activations and their gradients change places with the stages beside
@@ -49,14 +50,15 @@ from llamax.tools.plan.nki_loss import loss_by_nki, loss_seconds
 from llamax.tools.plan.nki_time import attention_seconds
 from llamax.tools.plan.products import attention_flops, filled, forward_flops, weight_flops
 from llamax.tools.plan.sizes import Share, adapter_elements, stages_of
-from llamax.tools.plan.state import on_host
+from llamax.tools.plan.state import compiled, on_host
 from llamax.training.resolve import ResolvedRun
 
 # Of a score without a flash kernel, and of a logit: float32, written and read 3 times.
 ROUNDED_BYTES = 72  # traffic of an element while its moments become wide and are rounded again
 SCORE_TRAFFIC_BYTES = LOGIT_TRAFFIC_BYTES = 24
 BEHIND = "behind products"
-COMPUTED = ("matmuls", "attention", "element-wise", "logits")  # what collectives go on behind
+# What collectives go on behind.
+COMPUTED = ("matmuls", "attention", "element-wise", "dequantise", "logits")
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,23 @@ def element_bytes(share: Share, rotates: bool = True) -> float:
     between = share.tokens_between * share.model.hidden_size
     inside = 2 * (share.query + share.key) * rotates + 3 * share.feed_forward
     return float((2 * 2 + 2 * 3) * between + share.tokens * inside) * share.width
+
+
+def dequantise_bytes(share: Share, machine: Machine) -> float:
+    """Bytes read and written to make a weight of a QLoRA base dense; 0 for any other run.
+
+    The operations of ``llamax.model.quantize``: one after another, or fused but for a look-up.
+    """
+    finetune, w = share.config.finetune, share.width
+    if finetune.method != "qlora":
+        return 0.0
+    nf4 = finetune.quant == "nf4"
+    if compiled(machine):
+        return (0.5 + 2 * 4 if nf4 else 1) + w
+    rounded = 4 + w if w < 4 else 0
+    if nf4:  # two weights are an index of 4 bytes; found, scaled in place, rounded, joined
+        return (0.5 + 2 * 2 + 4) + 2 * 4 + rounded + 2 * w
+    return (1 + 4) + 2 * 4 + rounded
 
 
 def turns(share: Share) -> int:
@@ -213,6 +232,9 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
             f"{show_fine_time(logits_s)} with their products, by the NKI kernels' tally of cycles"
         )
 
+    base, dense = share.layers * share.layer_weights, 2 + again  # times that it is made dense
+    dense_bytes = dense * dequantise_bytes(share, machine)
+
     tp = wire(machine, mesh.tp, 1)
     hidden = share.tokens * share.model.hidden_size * w
     rings = turns(share)
@@ -243,6 +265,11 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
             element_traffic / bandwidth,
             f"{show_bytes(element_traffic)} / {memory}",
         ),
+        Line(
+            "dequantise",
+            dense_bytes * base / bandwidth,
+            f"{dense_bytes:g} B x {show_number(base)} elements of the base / {memory}",
+        ),
         Line("logits", logits_s, moved),
         Line(
             "tensor collectives",
@@ -267,8 +294,8 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
         ),
         Line(
             "base gathered",
-            2 * data.ring(whole) if whole else 0.0,
-            f"2 x {show_bytes(whole)} over {data.name} at {show_rate(data.bytes_per_s)}",
+            dense * data.ring(whole) if whole else 0.0,
+            f"{dense} x {show_bytes(whole)} over {data.name} at {show_rate(data.bytes_per_s)}",
         ),
     ]
 
