@@ -265,8 +265,9 @@ def _wait_for_listener(address: str, port: int, timeout_s: float) -> None:
     while True:
         left = max(end - time.monotonic(), POLL_S)
         try:
-            socket.create_connection((address, port), left).close()
-            return
+            with socket.create_connection((address, port), left) as reached:
+                if reached.getsockname() != reached.getpeername():  # not joined to itself
+                    return
         except OSError:
             if time.monotonic() + POLL_S > end:
                 raise

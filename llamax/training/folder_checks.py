@@ -30,20 +30,27 @@ def check_run_folder(folder: Path) -> None:
     A link of one's own, such as to a larger disk, is followed.  Raises ConfigError and LinkError.
     """
     _check_place(folder)
-    if not is_run(folder):
-        for name in REPLACED:
-            if (path := folder / name).is_file() and path.stat().st_size:
-                raise ConfigError(
-                    f"run.folder={folder} holds a {name} that is not of a run and would be "
-                    "replaced; set run.folder to another folder"
-                )
-        for name, kind in OF_OTHERS.items():
-            if (folder / name).is_file():
-                raise ConfigError(
-                    f"run.folder={folder} is the folder of a {kind}; set run.folder to another "
-                    f"folder, {folder / 'run'} for example"
-                )
+    # The look at the run comes last: another rank may begin it in between, with its lock.
+    if (why := _of_something_else(folder)) and not is_run(folder):
+        raise ConfigError(f"run.folder={folder} {why}")
     refuse_foreign_link(folder / CHECKPOINTS_FOLDER)
+
+
+def _of_something_else(folder: Path) -> str:
+    """Why a folder that is not a run's is refused, and what to do; empty if it is not."""
+    for name in REPLACED:
+        if (path := folder / name).is_file() and path.stat().st_size:
+            return (
+                f"holds a {name} that is not of a run and would be replaced; set run.folder to "
+                "another folder"
+            )
+    for name, kind in OF_OTHERS.items():
+        if (folder / name).is_file():
+            return (
+                f"is the folder of a {kind}; set run.folder to another folder, {folder / 'run'} "
+                "for example"
+            )
+    return ""
 
 
 def _check_place(folder: Path) -> None:

@@ -128,15 +128,21 @@ def wait_for(programs: Sequence[Program], ending_s: float = ENDING_S) -> int:
 def _tell_left(programs: Sequence[Program], left_s: float) -> None:
     """Say which ranks have not ended, and how long they may still take [s]."""
     left = [str(rank) for rank, program in enumerate(programs) if program.exitcode is None]
+    failed = next(rank for rank, program in enumerate(programs) if _has_failed(program))
     if left:
         ranks = f"rank {left[0]} has" if len(left) == 1 else f"ranks {', '.join(left)} have"
-        text = f"{ranks} not ended after another rank failed, and will be killed in {left_s:.0f} s"
+        why = f"after rank {failed} failed with exit code {exit_code(programs[failed])}"
+        text = f"{ranks} not ended {why}, and will be killed in {left_s:.0f} s"
         print_text(f"llamax: {text}", sys.stderr)
+
+
+def _has_failed(program: Program) -> bool:
+    return program.exitcode not in (None, 0, *STOPPED)
 
 
 def _failure(programs: Sequence[Program]) -> int:
     """The exit code of a rank that has failed, 0 if none has."""
-    failed = [program for program in programs if program.exitcode not in (None, 0, *STOPPED)]
+    failed = [program for program in programs if _has_failed(program)]
     return (exit_code(failed[0]) or 0) if failed else 0
 
 

@@ -36,6 +36,19 @@ def test_a_run_may_go_on(tmp_path: Path, sign: str) -> None:
     check_run_folder(tmp_path)
 
 
+def test_a_run_that_another_rank_begins_meanwhile_is_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_file = Path.is_file
+
+    def begun(path: Path) -> bool:
+        (tmp_path / "lock").write_text("pid 1 on host since 12:00\n")
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", begun)  # after the first look at the empty folder
+    check_run_folder(tmp_path)
+
+
 RECORD = '{"step": 1, "loss": 2.0, "consumed_tokens": 5, "tokens_per_s": 1.5}\n'
 
 

@@ -68,7 +68,8 @@ def test_the_first_rank_that_fails_gives_the_code(capsys: pytest.CaptureFixture[
     waits, frozen = started("exec sleep 900"), started("kill -STOP $$")
     assert wait_for([waits, first, frozen], ending_s=0.3) == 4
     assert capsys.readouterr().err == (
-        "llamax: ranks 0, 2 have not ended after another rank failed, and will be killed in 0 s\n"
+        "llamax: ranks 0, 2 have not ended after rank 1 failed with exit code 4, and will be "
+        "killed in 0 s\n"
     )
     for program in (waits, frozen):
         program.kill()
