@@ -266,8 +266,9 @@ def _wait_for_listener(address: str, port: int, timeout_s: float) -> None:
         left = max(end - time.monotonic(), POLL_S)
         try:
             with socket.create_connection((address, port), left) as reached:
-                if reached.getsockname() != reached.getpeername():  # not joined to itself
+                if reached.getsockname() != reached.getpeername():
                     return
+                raise ConnectionRefusedError("nothing listens: the connection is to itself")
         except OSError:
             if time.monotonic() + POLL_S > end:
                 raise

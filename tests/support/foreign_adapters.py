@@ -92,7 +92,7 @@ def _state(
     fused: bool,
     layers: range,
 ) -> tuple[dict[str, Tensor], dict[str, int | None]]:
-    """A rank's state dict, and the dim along which each tensor is said to be cut."""
+    """A rank's state dict, and the dimension along which each tensor is marked as cut."""
 
     def reordered(queries: Tensor) -> Tensor:
         grid = queries.view(model.num_key_value_heads, copies, -1, queries.shape[1])

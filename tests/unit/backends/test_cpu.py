@@ -175,6 +175,21 @@ def test_a_rank_waits_until_rank_0_listens() -> None:
     listener.close()
 
 
+def test_a_connection_to_itself_is_no_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel makes one where it gives the client the very port that nobody listens at."""
+
+    def itself(address: tuple[str, int], _timeout_s: float) -> socket.socket:
+        joined = socket.socket()
+        joined.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        joined.bind(address)
+        joined.connect(address)
+        return joined
+
+    monkeypatch.setattr(socket, "create_connection", itself)
+    with pytest.raises(OSError, match="nothing listens"):
+        torch_distributed._wait_for_listener("127.0.0.1", free_port(), 0.05)
+
+
 def test_a_peer_on_the_loopback_is_explained() -> None:
     refused = RuntimeError("SO_ERROR: Connection refused, remote=[127.0.1.1]:1942$1)")
     assert "export GLOO_SOCKET_IFNAME, the network interface" in _network_hint(refused)

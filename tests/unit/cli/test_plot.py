@@ -30,7 +30,7 @@ def test_runs_of_one_name_are_plotted_by_their_folders(
 
 
 def test_a_run_without_records_is_refused(tmp_path: Path) -> None:
-    """A run that has just begun is told from a folder that is none, or is not there."""
+    """A run without records yet, a folder that holds no run, and a missing folder differ."""
     for folder, what in ((tmp_path, "is empty"), (tmp_path / "no", "does not exist")):
         with pytest.raises(DataError, match=rf"is not the folder of a run \({what}"):
             plot.read_runs([folder])
