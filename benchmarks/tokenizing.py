@@ -91,7 +91,7 @@ def documents(paths: list[Path], megabytes: float) -> list[str]:
     texts = []
     for path in paths:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            skip = {"site-packages", "__pycache__"} & set(file.parts)
+            skip = {"site-packages", "__pycache__"} & set(file.relative_to(path).parts)
             if file.suffix in (".py", ".txt", ".md", ".rst", ".csv", ".jsonl") and not skip:
                 try:
                     texts.append(file.read_text(encoding="utf-8"))
