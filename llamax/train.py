@@ -285,16 +285,17 @@ def loop(job: Job, began: float, heart: Heartbeat) -> Rewind | None:
                 check.stays = check.first
             last, epoch = number == run.steps, training.ended_epoch
 
+            waited = None
             due = _due(number, run.validate_every, last) or (epoch and run.validate_each_epoch)
             if validation is not None and due:
                 with guard.watch("validation", number), recorder.doing("validating"):
                     held_out = islice(validation.epoch(), run.validate_batches)
                     step.validation_loss = job.state.validate(held_out)
-                job.early_stopping.add(step)
+                waited = job.early_stopping.add(step)
 
             reported = step.validation_loss is not None or _due(number, run.log_every, last)
             tokens = job.consumed_tokens(training.consumed)
-            recorder.add(step, tokens, job.state.learning_rate(number), reported)
+            recorder.add(step, tokens, job.state.learning_rate(number), reported, waited)
 
             due = _due(number, config.checkpoint.every) or (epoch and config.checkpoint.each_epoch)
             due = due or check.save_requested > saves[-1]

@@ -44,14 +44,19 @@ class EarlyStopping:
         """Whether the run should end."""
         return 0 < self.most <= self.waited
 
-    def add(self, step: Step) -> None:
-        """Count the validation of a step; waits for the device, as nothing else in the loop."""
+    def add(self, step: Step) -> int | None:
+        """How many validations in a row were no better, that of ``step`` included.
+
+        Without ``most`` they are not counted, and the answer is None.  Waits for the device, as
+        nothing else in the loop.
+        """
         if not self.most:
-            return
+            return None
         loss = step.result.validation_loss
         assert loss is not None, "called after a validation"
         better = loss < self.best
         self.best, self.waited = min(self.best, loss), 0 if better else self.waited + 1
+        return self.waited
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""

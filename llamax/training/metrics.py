@@ -42,7 +42,14 @@ if TYPE_CHECKING:
 
 # ---- the record
 
-WHOLE = ("step", "consumed_tokens", "memory_bytes", "overflowed_steps", "rewinds")
+WHOLE = (
+    "step",
+    "consumed_tokens",
+    "memory_bytes",
+    "validations_waited",
+    "overflowed_steps",
+    "rewinds",
+)
 LONGEST_LINE = 2**20
 ANY_NUMBER = ("loss", "grad_norm", "validation_loss")
 SKIPPED, OWN = "skipped_samples", "metrics"
@@ -63,6 +70,7 @@ class Record:
     memory_bytes: int  # peak of this rank
     mfu: float = 0.0  # 0 where the peak of the devices is not known, as on CPUs
     validation_loss: float | None = None
+    validations_waited: int | None = None  # that were no better in a row; with run.patience
     loss_scale: float | None = None  # of the next step; in float16
     overflowed_steps: int | None = None  # of the run so far, for a gradient that overflowed
     skipped_samples: list[int] | None = None  # of a step without an update: its global batch

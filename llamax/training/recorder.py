@@ -62,10 +62,18 @@ class Recorder:
         if self.console:
             self.console.stepped(seconds)
 
-    def add(self, step: Step, consumed_tokens: int, lr: float, reported: bool = True) -> None:
+    def add(
+        self,
+        step: Step,
+        consumed_tokens: int,
+        lr: float,
+        reported: bool = True,
+        waited: int | None = None,
+    ) -> None:
         """Keep a step for its record, which is written when the next one runs.
 
-        A step that is not ``reported`` has a record only if it was skipped.
+        A step that is not ``reported`` has a record only if it was skipped.  ``waited``: how many
+        validations in a row were no better, this one included.
         """
         throughput, step_s = self.throughput, self.busy_s / self.steps
         seconds = time.perf_counter() - self.began
@@ -91,6 +99,7 @@ class Recorder:
                 mfu=mfu(rate, throughput.flops_per_token, throughput.peak_flops),
                 memory_bytes=throughput.memory(),
                 validation_loss=result.validation_loss,
+                validations_waited=waited,
                 loss_scale=scale.scale if scale else None,
                 overflowed_steps=scale.overflowed_steps if scale else None,
                 skipped_samples=[*self.samples(result.number)] if skipped else None,

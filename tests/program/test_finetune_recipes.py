@@ -18,6 +18,7 @@ from llamax.config.schema import Config
 from llamax.config.toml import tomllib
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.process import run_main
+from llamax.tools.monitor.run_folder import read_run
 from llamax.train import train
 from llamax.training.resolve import resolve, visible_samples
 
@@ -130,6 +131,7 @@ def test_epochs_are_steps_and_a_run_may_end_early(tmp_path: Path) -> None:
     records = (tmp_path / "run" / "metrics.jsonl").read_text()
     steps = [json.loads(line)["step"] for line in records.splitlines()]
     assert steps[-1] < resolved.run.steps, "nothing got better, so it ended"
+    assert read_run(tmp_path / "run").state == "finished"
     checkpoints = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
     told = [json.loads((each / "manifest.json").read_text())["state"] for each in checkpoints]
     waited = [state["validations_waited"] for state in told]

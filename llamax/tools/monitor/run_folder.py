@@ -159,9 +159,15 @@ class RunFolder:
         return self.config.run.steps if self.config else self.last.step if self.last else 0
 
     @property
+    def ended_early(self) -> bool:
+        """Whether ``run.patience`` ended the run at the last record."""
+        waited = (self.last and self.last.validations_waited) or 0
+        return self.config is not None and 0 < self.config.run.patience <= waited
+
+    @property
     def state(self) -> str:
         """starting, running, stuck (a rank waits for a silent one), finished, stopped or dead."""
-        if self.last is not None and self.last.step >= self.steps:
+        if self.last is not None and (self.last.step >= self.steps or self.ended_early):
             return "finished"
         if self.ranks:
             states = {rank.state for rank in self.ranks}
@@ -183,7 +189,7 @@ class RunFolder:
     @property
     def remaining_s(self) -> float:
         """Seconds until the last step, at the median rate of the last records."""
-        if self.last is None:
+        if self.last is None or self.ended_early:
             return 0.0
         pace = statistics.median(record.step_s for record in self.history.recent)
         return max(self.steps - self.step, 0) * pace

@@ -169,6 +169,9 @@ def _curves(run: RunFolder, paint: Paint) -> Iterator[str]:
     if skipped := run.history.skipped:
         steps = "step" if skipped == 1 else "steps"
         yield _row(paint, "skipped", f"{skipped:,}", f"{steps} without an update")
+    if run.ended_early:
+        waited = last.validations_waited
+        yield _row(paint, "stopped early", waited, "validations in a row were no better")
     if last.rewinds:
         times = "time" if last.rewinds == 1 else "times"
         after = f"{times} to a checkpoint, after skipped steps"

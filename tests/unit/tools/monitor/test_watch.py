@@ -92,6 +92,18 @@ def test_no_line_is_wider_than_the_terminal(tmp_path: Path, width: int) -> None:
     assert clip("\x1b[1mabcd\x1b[0m", 4) == "\x1b[1mabcd\x1b[0m"
 
 
+def test_a_run_that_its_patience_ended_is_finished(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r", 12, 4, -1, "", "--run.patience=3", "--run.validate_every=1")
+    line = "stopped early         3  validations in a row were no better"
+    for step, waited, state in ((13, 2, "running"), (14, 3, "finished"), (15, 0, "running")):
+        with (folder / "metrics.jsonl").open("a") as log:
+            log.write(record(step, validations_waited=waited).to_json() + "\n")
+        run = read_run(folder, NOW + 5)
+        assert run.state == state
+        assert (run.remaining_s > 0) == (state == "running")
+        assert (line in render(run, 100)) == (state == "finished")
+
+
 def test_ctrl_c_leaves_the_last_view_on_the_screen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
