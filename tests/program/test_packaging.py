@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -114,11 +115,13 @@ def test_an_installed_wheel_works_outside_the_clone(
     install += ["--no-index", "--force-reinstall", str(archives[0])]
     subprocess.run([sys.executable, *install], check=True)
     (tmp_path / "job.toml").write_text(JOB)
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
     def run(*command: str) -> str:
         done = subprocess.run(
             [str(venv / "bin" / command[0]), *command[1:]],
             cwd=tmp_path,
+            env=environ,
             text=True,
             capture_output=True,
             check=False,
