@@ -16,6 +16,10 @@ from llamax.runtime.versions import TORCH_XLA, XLA_REQUIREMENTS, installed
 
 NEURON_DEVICE = Path("/dev/neuron0")
 DEPRECATED = ("XLA_USE_BF16", "XLA_DOWNCAST_BF16")
+# torch-neuronx sets 1, torch-xla itself 0.  With 1, split() into parts of several sizes along
+# another dim than the first gives wrong elements: torch-xla issue 8640, open in 2.9.  Sources: AWS
+# Neuron, "PyTorch NeuronX environment variables" and "Introducing PyTorch 2.9 support".
+UNSOUND_VIEWS = "XLA_DISABLE_FUNCTIONALIZATION"
 
 
 def check(torch_xla: str | None, torch_version: str, words: Words = TRAINING) -> None:
@@ -52,6 +56,7 @@ def configure(
                 f"{name}={environ[name]} would turn float32 masters into bfloat16; unset it and "
                 f"set {words.dtype}"
             )
+    environ[UNSOUND_VIEWS] = "0"
     neuron = environ.setdefault("PJRT_DEVICE", _device()) == "NEURON"
     if neuron:
         environ["NEURON_RT_STOCHASTIC_ROUNDING_EN"] = str(int(stochastic_rounding))

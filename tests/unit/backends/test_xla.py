@@ -88,6 +88,20 @@ def test_rounding_is_set_for_neuron_cores(monkeypatch: pytest.MonkeyPatch, round
     assert environ["RANK"] == "1"
 
 
+@pytest.mark.usefixtures("fitting")
+@pytest.mark.parametrize("device", ["CPU", "NEURON"])
+def test_views_are_sound_on_every_device(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """The variable is set before torch-neuronx is imported, which keeps it."""
+    for package in ("torch_neuronx", "torch_xla"):
+        monkeypatch.setitem(sys.modules, package, ModuleType(package))
+    for environ in (
+        {"PJRT_DEVICE": device},
+        {"PJRT_DEVICE": device, xla_install.UNSOUND_VIEWS: "1"},
+    ):
+        xla_install.configure(environ, Rendezvous(), False)
+        assert environ[xla_install.UNSOUND_VIEWS] == "0"
+
+
 def test_ranks_meet_on_the_host() -> None:
     store = dist.HashStore()
     late = threading.Event()
