@@ -95,7 +95,10 @@ class Backend(Device, Protocol):
         ...
 
     def memory(self) -> int:
-        """Peak bytes in use so far: device memory, or the resident set of a CPU process."""
+        """Peak bytes in use so far: device memory, or the resident set of a CPU process.
+
+        NeuronCores on ``xla`` show what is in use at a call, and 0 is a peak that is not known.
+        """
         ...
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:

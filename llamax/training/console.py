@@ -44,7 +44,7 @@ def line(record: Record, steps: int, width: int = 0) -> str:
         "lr": f"lr {record.lr:.2e}",
         "tokens": f"{show_number(record.tokens_per_s):>6} tokens/s",
         "mfu": f"mfu {record.mfu:6.1%}" if record.mfu else "",
-        "memory": f"{show_bytes(record.memory_bytes):>8}",
+        "memory": f"{show_bytes(record.memory_bytes):>8}" if record.memory_bytes else "",
         "skipped": "" if record.skipped_samples is None else "skipped",
         "left": f"left {show_time(eta(record.step, steps, record.step_s))}",
     }

@@ -44,6 +44,11 @@ def screen(text: str) -> list[str]:
     return lines
 
 
+def test_a_peak_of_memory_that_is_not_known_is_left_out() -> None:
+    assert "GiB" in line(RECORD, 100)
+    assert " B " not in line(replace(RECORD, memory_bytes=0), 100)
+
+
 def test_console_lines_are_aligned_and_complete() -> None:
     stream = io.StringIO()
     console = ConsoleWriter(steps=100, stream=stream)
