@@ -11,7 +11,7 @@ same degrees, and the mesh is read back from it::
 not neighbours).  If the two disagree about a group, the run is refused before it starts.
 
 The flash attention kernel of NxD is called in ``kernels/attention/nki_kernel.py``.
-Source: neuronx_distributed 0.17, ``parallel_layers/parallel_state.py``.
+Source: neuronx_distributed 0.17 and 0.18, ``parallel_layers/parallel_state.py``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ GROUPS = {
 def shared_groups(mesh: Mesh) -> Iterator[Mesh]:
     """The mesh in NxD's placement, with NxD's groups while the block runs; ``mesh`` without NxD.
 
-    The process group of the world must exist.
+    The process group of the world must exist.  Degrees that NxD cannot place go without it, too.
     Raises BackendError where NxD has other groups than these degrees make.
     """
     if find_spec(PACKAGE) is None:
@@ -56,11 +56,22 @@ def shared_groups(mesh: Mesh) -> Iterator[Mesh]:
         return
     initialize = not state.model_parallel_is_initialized()
     if initialize:
-        state.initialize_model_parallel(
-            tensor_model_parallel_size=mesh.tp,
-            pipeline_model_parallel_size=mesh.pp,
-            context_parallel_size=mesh.cp,
-        )
+        try:
+            state.initialize_model_parallel(
+                tensor_model_parallel_size=mesh.tp,
+                pipeline_model_parallel_size=mesh.pp,
+                context_parallel_size=mesh.cp,
+            )
+        except RuntimeError as error:  # tensor 4 on trn1, unless data fills whole nodes
+            logger.warning(
+                "%s cannot place tensor %d, context %d, pipeline %d, data %d (%s); continuing "
+                "without its groups",
+                PACKAGE,
+                *(mesh.tp, mesh.cp, mesh.pp, mesh.dp),
+                " ".join(str(error).split()),
+            )
+            yield mesh
+            return
     try:
         yield placed(mesh, state)
     finally:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _get_default_store
 
-from llamax.backends import nxd, xla_install
+from llamax.backends import neuron_memory, nxd, xla_install
 from llamax.backends.base import TRAINING, Words
 from llamax.backends.of_rank_0 import of_rank_0
 from llamax.config.hardware import default_machine, load_machine
@@ -122,6 +122,22 @@ def axes(mesh: Mesh, rank: int, device: torch.device, widen: bool = False) -> Ax
     return Axes.of(mesh, rank, axis)
 
 
+def begin_collectives(world: Axis, device: torch.device) -> Tensor:
+    """Sum a one of each rank in the first program of all, and wait for it: the size of the world.
+
+    The Neuron runtime sets collectives up with all ranks of the world, when each loads its first
+    program that has some.  Stages of a pipeline begin with different programs, at different times.
+    Source: neuronx_distributed 0.18, ``parallel_state.initialize_model_parallel``, does the same.
+    """
+    import torch_xla
+    import torch_xla.core.xla_model as xm
+
+    size = world.all_reduce(torch.ones(1).to(device))
+    torch_xla.sync()
+    xm.wait_device_ops()
+    return size
+
+
 def recomputed(function: Callable[..., Any], *tensors: Tensor) -> Any:
     """``function(*tensors)``, computed again in backward behind a barrier.
 
@@ -171,7 +187,7 @@ class Xla:
                 f"world of one: start one rank, or use {words.backend('cpu')}"
             )
         self.device: torch.device = torch_xla.device()
-        self._barriers = 0
+        self._barriers = self._most_memory = 0
         self._fallbacks = set(metrics.executed_fallback_ops())
 
     @contextmanager
@@ -184,7 +200,10 @@ class Xla:
         try:
             if self.neuron and self.rendezvous.world_size > 1:
                 with nxd.shared_groups(mesh.on_trn1(self.rendezvous.local_world_size)) as placed:
-                    yield axes(placed, self.rendezvous.rank, self.device)
+                    found = axes(placed, self.rendezvous.rank, self.device)
+                    if placed.pp > 1:
+                        begin_collectives(found.world, self.device)
+                    yield found
             else:
                 widen = not self.neuron
                 yield axes(mesh, self.rendezvous.rank, self.device, widen)
@@ -224,10 +243,12 @@ class Xla:
         return of_rank_0(self.rendezvous, name, value)
 
     def memory(self) -> int:
+        """The most bytes that a call found in use; 0 where the driver does not show them."""
         if not self.neuron:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        info: Mapping[str, Any] = self.xm.get_memory_info(self.device)
-        return int(info.get("peak_bytes_used", info["bytes_used"]))
+        core = neuron_memory.core(os.environ, self.rendezvous.local_rank)
+        self._most_memory = max(self._most_memory, neuron_memory.used(core) or 0)
+        return self._most_memory
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         if not self.neuron:

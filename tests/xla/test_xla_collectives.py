@@ -111,3 +111,16 @@ def uneven(rank: int) -> list[str]:
 def test_what_does_not_part_is_refused() -> None:
     for found in ranks.run(4, uneven):
         assert found == ["tp: dim 0 of (3, 4) is not divisible by 2"] * 2
+
+
+def begun(rank: int) -> float:
+    import torch_xla
+
+    from llamax.backends import xla
+
+    device = torch_xla.device()
+    return float(xla.begin_collectives(xla.axes(MESH, rank, device).world, device))
+
+
+def test_all_ranks_are_in_the_first_sum() -> None:
+    assert ranks.run(4, begun) == [4.0] * 4

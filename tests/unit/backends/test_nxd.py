@@ -38,7 +38,9 @@ class ParallelState:
         tp, pp, cp = tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size
         ranks = torch.arange(self.world_size)
         if self.trn1 and tp == 4:
-            ranks = ranks.view(-1, 4, 8).transpose(1, 2)
+            near = 32 // tp  # of LOCAL_WORLD_SIZE
+            data = self.world_size // (tp * pp * cp)
+            ranks = ranks.reshape(pp, data // near, cp, tp, near).transpose(-1, -2)
         grid = ranks.reshape(pp, -1, cp, tp)
         self.groups = {
             axis: grid.movedim(dim, -1).reshape(-1, grid.shape[dim]).tolist()
@@ -95,6 +97,20 @@ def test_four_tensor_ranks_on_trn1(monkeypatch: pytest.MonkeyPatch) -> None:
     assert placed == Mesh(tp=4, dp=16).on_trn1(32)
     assert placed.replicas("tp", 2)[:2] == ((0, 8), (16, 24))
     assert [placed.rank(placed.coordinate(rank)) for rank in range(64)] == [*range(64)]
+
+
+def test_degrees_that_nxd_cannot_place(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two stages of four tensor ranks on a node: NxD reshapes to zero data groups in a node."""
+    monkeypatch.setattr(logging.getLogger("llamax"), "propagate", True)
+    state = ParallelState(world_size=32)
+    install_nxd(monkeypatch, state)
+    mesh = Mesh(tp=4, pp=2, dp=4).on_trn1(32)
+    with nxd.shared_groups(mesh) as same:
+        assert same == mesh
+    assert "cannot place tensor 4, context 1, pipeline 2, data 4 (shape '[2, 0" in caplog.text
+    assert not state.groups
 
 
 def test_groups_that_somebody_else_built(monkeypatch: pytest.MonkeyPatch) -> None:

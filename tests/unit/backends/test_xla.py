@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from llamax.backends import choose, xla, xla_install
 from llamax.config.hardware import load_machine
+from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import BackendError
 
@@ -116,6 +117,21 @@ def test_ranks_meet_on_the_host() -> None:
     xla.wait_for_all(store, "here", 2)
     thread.join(10)
     assert late.is_set()
+
+
+@pytest.mark.parametrize(("mesh", "sums"), [(Mesh(dp=2), 0), (Mesh(pp=2), 1)], ids=str)
+def test_stages_begin_collectives_together(
+    monkeypatch: pytest.MonkeyPatch, mesh: Mesh, sums: int
+) -> None:
+    """On NeuronCores, before anything else; others begin with the same program anyway."""
+    begun: list[object] = []
+    monkeypatch.setattr(xla, "axes", lambda *_: SimpleNamespace(world="the world"))
+    monkeypatch.setattr(xla, "begin_collectives", lambda world, _: begun.append(world))
+    backend = object.__new__(xla.Xla)
+    backend.neuron, backend.device = True, torch.device("cpu")
+    backend.rendezvous = Rendezvous(world_size=2, local_world_size=2)
+    with backend.joined(mesh, 1.0):
+        assert begun == ["the world"] * sums
 
 
 def test_neuron_cores_are_rated_by_the_table_and_the_cpu_client_is_not() -> None:
