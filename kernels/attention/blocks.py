@@ -29,10 +29,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llamax.config.constants import ATTENTION_BLOCK_QUERIES
+from llamax.config.constants import ATTENTION_BLOCK_QUERIES, HIDDEN
 from llamax.kernels.attention.ways import Ranks, turned, way
-
-HIDDEN = -1e30  # finite: a block may have no key that a query sees
 
 
 class Rows(NamedTuple):

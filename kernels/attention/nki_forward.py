@@ -18,7 +18,7 @@ in a loop of the device that runs ``exact`` times: the program is the same for a
 
 **Documents.**  ``plain`` and ``mixed`` count, for a block of queries and a tile of keys, how often
 each kind of step runs: plain where both lie in one document, mixed (scores of other documents get
--1e30) where some pairs do, neither where none does.
+-1e9) where some pairs do, neither where none does.
 
 No part of this has been compiled by neuronx-cc or run on Trainium.  Source: Dao et al. 2022,
 "FlashAttention"; Milakov and Gimelshein 2018, for the running maxima.
@@ -38,7 +38,7 @@ from llamax.kernels.rope.nki_rotate import (
 
 TILE = 128  # keys of a step, and queries of a row of tiles: the partitions of the core
 BLOCK = 512  # queries of a block, and keys of an exact step: the float32 columns of a PSUM bank
-HIDDEN = -1.0e30  # added to a score of another document
+HIDDEN = -1.0e9  # added to a score of another document; see llamax.config.constants
 
 
 def attention_forward(q_t, k_t, v, bias, exact):

@@ -197,7 +197,7 @@ def centres(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     own = (wide_q.unflatten(1, groups) * wide_k.unsqueeze(2)).sum(-1) * scale  # [B, K, G, S]
     norms = wide_q.square().sum(-1).sqrt().unflatten(1, groups)
     upper = _blocks(norms * largest_key * scale, 0.0).amax(-1)
-    lower = -_blocks(-own, -torch.finfo(torch.float32).max).amax(-1)
+    lower = -_blocks(-own, -1e30).amax(-1)
     centre = ((upper + lower) * 0.5).flatten(1, 2)
     near = (upper - lower <= torch.full((), SPREAD, device=q.device)).flatten(1, 2)
     bias = (-centre).unsqueeze(2).expand(-1, -1, TILE, -1).contiguous()

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from llamax.config.constants import HIDDEN
+
 
 def attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """``ops.attention_cached``: [B, S, H, E], 2 x [B, T, K, E], bool [B, S, T] -> [B, S, H, E]."""
@@ -18,7 +20,7 @@ def attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     k_BKTE, v_BKTE = k.transpose(1, 2), v.transpose(1, 2)
     wide = torch.promote_types(q.dtype, torch.float32)
     scores_BKgST = (q_BKgsE @ k_BKTE.mT).to(wide).unflatten(2, (groups[1], -1))
-    hidden, seen = (torch.full((), x, device=q.device) for x in (-math.inf, 0.0))
+    hidden, seen = (torch.full((), x, device=q.device) for x in (HIDDEN, 0.0))
     bias_B11ST = torch.where(mask[:, None, None], seen, hidden)
     weights_BKgST = (scores_BKgST + bias_B11ST).softmax(-1).to(q.dtype)
     o_BKgsE = weights_BKgST.flatten(2, 3) @ v_BKTE

@@ -10,7 +10,7 @@ held in SBUF, in the dtype of the weight, and meets the weight and the tokens in
 dW of a block is summed in PSUM over the tokens of a segment, dX of a tile of tokens over the rows
 of a block.  Between blocks dX waits in HBM in float32, and dW between segments.
 
-A token without loss has -lse = -1e30: its p is 0.  Labels and padding as in ``nki_forward``.
+A token without loss has -lse = -1e9: its p is 0.  Labels and padding as in ``nki_forward``.
 
 No part of this has been compiled by neuronx-cc or run on Trainium.  Source: Wijmans et al. 2024,
 "Cut Your Losses in Large-Vocabulary Language Models", section 4.3.

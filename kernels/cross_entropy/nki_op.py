@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamax.config.constants import HIDDEN, nki_loss_refusal
 from llamax.config.constants import NKI_MULTIPLE as TILE
-from llamax.config.constants import nki_loss_refusal
 from llamax.kernels.attention.nki_op import available, launch
-
-HIDDEN = -1.0e30  # added to a logit that does not count
 
 
 def statistics(x: Tensor, weight: Tensor, columns: Tensor, padding: Tensor | None) -> Tensor:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llamax.config.constants import HIDDEN
+
 
 def statistics(x: Tensor, weight: Tensor, columns: Tensor, padding: Tensor | None) -> Tensor:
     """Largest logit, sum of exp(logit - largest), the label's logit: [T, D], [V, D] -> [3, T].
@@ -32,8 +34,8 @@ def gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of x, in its dtype, and of the weight (unless not ``trains``), at least in fp32.
 
-    Of the sum of log-sum-exp - label's logit; ``log_sums`` [T] are over the whole vocabulary, inf
-    for a token without loss.
+    Of the sum of log-sum-exp - label's logit; ``log_sums`` [T] are over the whole vocabulary,
+    ``-HIDDEN`` or inf for a token without loss.
     """
     dlogits = (_logits(x, weight, padding) - log_sums[:, None]).exp()
     here = (columns >= 0).to(dlogits.dtype)
@@ -45,4 +47,4 @@ def gradients(
 def _logits(x: Tensor, weight: Tensor, padding: Tensor | None) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     logits = x.to(wide) @ weight.to(wide).T
-    return logits if padding is None else logits.masked_fill(padding, -torch.inf)
+    return logits if padding is None else logits.masked_fill(padding, HIDDEN)

@@ -18,7 +18,6 @@ host, where they are the draws of the other backends, with all filters and the s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from llamax import ops
 from llamax.backends.base import Device
+from llamax.config.constants import HIDDEN
 from llamax.config.model import ModelConfig
 from llamax.inference.sampling import Prompts, Sampling, check_finite, check_prompts
 from llamax.inference.serving.kv_pool import KVPool
@@ -190,7 +190,7 @@ def choose(logits_Bv: Tensor, tp: Axis, vocab_size: int) -> tuple[Tensor, Tensor
     device, wide_Bv = logits_Bv.device, logits_Bv.float()
     hidden, limit = (
         torch.full((), value, dtype=dtype, device=device)
-        for value, dtype in ((-math.inf, torch.float32), (vocab_size, torch.int32))
+        for value, dtype in ((HIDDEN, torch.float32), (vocab_size, torch.int32))
     )
     ids_v = torch.arange(v, dtype=torch.int32, device=device) + tp.rank_index * v
     known_Bv = torch.where(ids_v < limit, wide_Bv, hidden)

@@ -24,6 +24,7 @@ from torch import Tensor
 from llamax.config.schema import OptimConfig
 
 FUSED = ("cpu", "cuda")
+LEAST_BETA = 1e-300  # in place of 0, whose logarithm is infinite
 Vectors = list[Tensor]
 
 
@@ -108,4 +109,4 @@ def in_order(p: Vectors, g: Vectors, m: Vectors, v: Vectors, by: Step) -> None:
 
 def _correction(beta: float, step: Tensor) -> Tensor:
     """1 - beta^step; the plain formula has four digits in float32 at beta 0.999, step 1."""
-    return -torch.expm1(step * (math.log(beta) if beta else -math.inf))
+    return -torch.expm1(step * math.log(max(beta, LEAST_BETA)))

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from llamax import ops
 from llamax.config.choices import EAGER_BACKENDS
-from llamax.config.constants import loss_chunk_tokens
+from llamax.config.constants import HIDDEN, loss_chunk_tokens
 from llamax.ops import IGNORE_INDEX
 from llamax.parallel import regions
 from llamax.parallel.collectives import Axis
@@ -77,7 +77,7 @@ class _VocabParallelLoss(torch.autograd.Function):
                     some = slice(part, part + PRODUCT_ROWS)
                     torch.mm(x_tD, multiplied[some].T, out=logits_tv[:, some])
             if padding is not None:
-                logits_tv.masked_fill_(padding, torch.full((), -torch.inf, device=x.device))
+                logits_tv.masked_fill_(padding, torch.full((), HIDDEN, device=x.device))
             counted_t = _counted(labels_t)
             label_t, elsewhere_t = local_ids(labels_t, rows, axis)
             loss_t, sum_t = _losses(logits_tv, label_t, elsewhere_t, axis)
@@ -145,7 +145,7 @@ class _LossOnChip(torch.autograd.Function):
         sum_T, at_label_T = axis.all_reduce(torch.stack((sum_T, at_label_T)))
         lse_T = sum_T.log() + largest_T
         loss_T = torch.where(counted_T, lse_T - at_label_T, torch.zeros_like(lse_T))
-        lse_T = torch.where(counted_T, lse_T, torch.full_like(lse_T, torch.inf))
+        lse_T = torch.where(counted_T, lse_T, torch.full_like(lse_T, -HIDDEN))
         ctx.save_for_backward(x_BSD, weight, column_T, lse_T, padding)
         ctx.axis, ctx.sequence_parallel = axis, sequence_parallel
         return loss_T.sum()

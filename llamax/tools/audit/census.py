@@ -1,4 +1,4 @@
-"""The cost of a program: collectives, FLOPs, live bytes, and what a compiler refuses or does badly.
+"""The cost of a program: collectives, FLOPs, live bytes.
 
 Bytes of collectives are those that one rank sends over links in a ring, as in
 ``llamax.parallel.collectives``.  A matrix product over k elements counts 2 k FLOPs for each element
@@ -16,7 +16,7 @@ beside it: the old tensor is released first.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -39,7 +39,6 @@ FEW = 64  # operations that run at once to free a result
 SMALL_BYTES = 2**16  # results for which that is not tried
 SPARE = 1.02  # what they may make, for each byte that they free
 
-DYNAMIC = "a shape that depends on values"
 Groups = tuple[tuple[int, ...], ...]
 
 
@@ -350,38 +349,3 @@ def _roots(
         seen.update(fresh)
         stack += fresh
     return tuple(found)
-
-
-@dataclass(frozen=True)
-class Remark:
-    """Something in a program that the compiler for Trainium refuses (``fatal``) or does badly."""
-
-    fatal: bool
-    what: str
-    count: int
-    source: str
-
-
-def remarks(program: Program) -> list[Remark]:
-    """The remarks on a program, worst first; ``source`` is the first Python line that made it."""
-    found: dict[tuple[bool, str], list[str]] = {}
-    for fatal, what, source in _remarks(program.instructions):
-        found.setdefault((fatal, what), []).append(source)
-    rows = [
-        Remark(fatal, what, len(sources), next(filter(None, sources), ""))
-        for (fatal, what), sources in found.items()
-    ]
-    return sorted(rows, key=lambda row: (not row.fatal, -row.count))
-
-
-def _remarks(instructions: Iterable[Instruction]) -> Iterator[tuple[bool, str, str]]:
-    for each in instructions:
-        dtypes = {shape.dtype for shape in each.shapes}
-        if any(shape.dynamic for shape in each.shapes):
-            yield True, DYNAMIC, each.source
-        if "f64" in dtypes:
-            yield True, "float64, which NeuronCores do not support", each.source
-        if "s64" in dtypes and each.shape.dims:
-            yield False, "int64 arrays, twice the bytes of int32", each.source
-        if any(shape.elements == 0 for shape in each.shapes):
-            yield False, "arrays without elements", each.source

@@ -14,9 +14,10 @@ from functools import cached_property
 from llamax.config.neuron_sdk import NeuronSdk, trn1_sdk
 from llamax.runtime.units import show_bytes, show_number
 from llamax.tools.audit import census, hlo
-from llamax.tools.audit.census import Live, Remark, Traffic, Work
+from llamax.tools.audit.census import Live, Traffic, Work
 from llamax.tools.audit.diff import Difference, describe, difference
 from llamax.tools.audit.hlo import Program
+from llamax.tools.audit.remarks import DYNAMIC, Remark, remarks_on
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Kind:
 
     @cached_property
     def remarks(self) -> list[Remark]:
-        return census.remarks(self.program)
+        return remarks_on(self.program)
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def show(audit: AuditReport) -> Iterator[str]:
     remarks = [(kind.name, remark) for kind in audit.kinds for remark in kind.remarks]
     for name, remark in remarks:
         yield f"{name}: {remark.count} x {remark.what} ({remark.source or 'unknown line'})"
-    if not any(remark.what == census.DYNAMIC for _, remark in remarks):
+    if not any(remark.what == DYNAMIC for _, remark in remarks):
         yield "dynamic shapes: none"
     yield from (f"note: {note}" for note in audit.notes)
 

@@ -109,20 +109,6 @@ def test_what_no_result_needs_is_left_out() -> None:
     assert census.live(program).between_bytes == max(a + x, x + token + b)
 
 
-def test_remarks_name_the_first_line() -> None:
-    program = program_of(
-        '%p.1 = s64[4]{0} parameter(0), metadata={source_file="/a/b.py" source_line=1}',
-        "%p.2 = s64[] parameter(1)",
-        "%f.3 = f64[] constant(0.5)",
-        '%f.4 = f64[] constant(0.5), metadata={source_file="/a/b.py" source_line=2}',
-        '%d.5 = f32[<=4]{0} custom-call(s64[4]{0} %p.1), metadata={source_file="/a/b.py" source_line=3}',  # noqa: E501
-        "%e.6 = f32[0]{0} slice(f32[<=4]{0} %d.5)",
-    )
-    found = [(each.fatal, each.count, each.source) for each in census.remarks(program)]
-    assert found == [(True, 2, "/a/b.py:2"), (True, 1, "/a/b.py:3"), (False, 1, "/a/b.py:1"),
-                     (False, 1, "")]  # fmt: skip
-
-
 def test_an_output_that_replaces_a_released_tensor_adds_nothing() -> None:
     """The update reads a master, and makes a new weight and a cleared gradient."""
     program = program_of(
