@@ -213,8 +213,7 @@ class EventStream(Response):
         finally:
             sending.cancel()
             gone.cancel()
-            for answer in self.stream.answers:
-                answer.cancel()
+            self.stream.answers.cancel()
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

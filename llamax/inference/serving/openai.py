@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 from llamax.inference.serving.bodies import BodyError, ChatBody, CompletionBody, Settings
 from llamax.inference.serving.formatter import PromptIds
 from llamax.inference.serving.scheduler import Drawn, Step
-from llamax.inference.serving.service import Answer, Served, Service, Wish
+from llamax.inference.serving.service import Answers, Served, Service, Wish
 
 Events = AsyncIterator[dict[str, Any] | str]
 
@@ -23,7 +22,7 @@ class Stream(NamedTuple):
     """The events of a reply, and the answers that they show."""
 
     events: Events
-    answers: Sequence[Answer]
+    answers: Answers
 
 
 Reply = dict[str, Any] | list[Any] | Stream
@@ -213,7 +212,7 @@ class TextWriter(Writer):
 
 
 async def reply(
-    writer: Writer, body: Settings, prompts: Sequence[PromptIds], answers: Sequence[Answer]
+    writer: Writer, body: Settings, prompts: Sequence[PromptIds], answers: Answers
 ) -> Reply:
     """The reply to a request whose answers are being computed."""
     prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
@@ -221,7 +220,7 @@ async def reply(
         options = body.stream_options or {}
         include_usage = bool(options.get("include_usage"))
         return Stream(_events(writer, prompt_tokens, answers, include_usage), answers)
-    steps = await gather(answers)
+    steps = await answers.gather()
     choices = [writer.whole(index, each) for index, each in enumerate(steps)]
     return {
         **writer.head,
@@ -232,7 +231,7 @@ async def reply(
 
 
 async def _events(
-    writer: Writer, prompt_tokens: int, answers: Sequence[Answer], include_usage: bool
+    writer: Writer, prompt_tokens: int, answers: Answers, include_usage: bool
 ) -> Events:
     """The events of a stream, of all answers as they come."""
 
@@ -240,62 +239,16 @@ async def _events(
         head = {**writer.head, "object": writer.chunk, "choices": choices}
         return head | ({"usage": used} if include_usage else {})
 
-    for index in range(len(answers)):
+    for index in range(len(answers.requests)):
         if (first := writer.first(index)) is not None:
             yield chunk([first])
     made = 0
-    async for index, step in merge(answers):
+    async for index, step in answers.steps():
         made += 1
         yield chunk([writer.piece(index, step)])
     if include_usage:
         yield chunk([], usage(prompt_tokens, made))
     yield DONE
-
-
-async def gather(answers: Iterable[Answer]) -> list[list[Step]]:
-    """All steps of all answers; if one fails or the client goes away, the others end too."""
-
-    async def collect(answer: Answer) -> list[Step]:
-        return [step async for step in answer.steps()]
-
-    answers = list(answers)
-    try:
-        return list(await asyncio.gather(*(collect(answer) for answer in answers)))
-    finally:
-        for answer in answers:
-            answer.cancel()
-
-
-async def merge(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, Step]]:
-    """(number of the answer, step) as they come."""
-    if len(answers) == 1:
-        async for step in answers[0].steps():
-            yield 0, step
-        return
-    queue: asyncio.Queue[tuple[int, Step] | Exception | None] = asyncio.Queue()
-
-    async def forward(index: int, answer: Answer) -> None:
-        try:
-            async for step in answer.steps():
-                queue.put_nowait((index, step))
-            queue.put_nowait(None)
-        except Exception as error:
-            queue.put_nowait(error)
-
-    tasks = [asyncio.create_task(forward(*each)) for each in enumerate(answers)]
-    try:
-        left = len(tasks)
-        while left:
-            item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                left -= 1
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 def usage(prompt_tokens: int, new_tokens: int) -> dict[str, int]:

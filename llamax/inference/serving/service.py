@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from llamax.inference.engine import LoadedModel, split_stops
@@ -62,34 +63,42 @@ class Wish:
     answers: int = 1
 
 
-class Answer:
-    """The steps of one request; a client that goes away cancels it."""
+class Answers:
+    """The steps of a request's answers, as they are made; a client that goes away cancels them."""
 
     def __init__(self) -> None:
-        self._loop, self._steps = asyncio.get_running_loop(), asyncio.Queue[Step | str]()
-        self.request: Request | None = None
+        self._loop = asyncio.get_running_loop()
+        self._steps = asyncio.Queue[tuple[int, Step | str]]()
+        self.requests: list[Request] = []
 
-    def put(self, step: Step | str) -> None:
-        """Add a step, from the scheduler's thread."""
-        self._loop.call_soon_threadsafe(self._steps.put_nowait, step)
+    def put(self, number: int, step: Step | str) -> None:
+        """Add a step of an answer, from the scheduler's thread."""
+        self._loop.call_soon_threadsafe(self._steps.put_nowait, (number, step))
 
-    async def steps(self) -> AsyncIterator[Step]:
-        """Each step as it is made; raises Failed."""
+    async def steps(self) -> AsyncIterator[tuple[int, Step]]:
+        """(number of the answer, step); raises Failed if one of them fails, and ends all."""
+        left = len(self.requests)
         try:
-            while True:
-                step = await self._steps.get()
+            while left:
+                number, step = await self._steps.get()
                 if isinstance(step, str):
                     raise Failed(step)
-                yield step
-                if step.ended:
-                    return
+                left -= bool(step.ended)
+                yield number, step
         finally:
             self.cancel()
 
+    async def gather(self) -> list[list[Step]]:
+        """All steps of each answer."""
+        found: list[list[Step]] = [[] for _ in self.requests]
+        async for number, step in self.steps():
+            found[number].append(step)
+        return found
+
     def cancel(self) -> None:
-        """Compute no more of it."""
-        if self.request is not None:
-            self.request.cancelled = True
+        """Compute no more of them."""
+        for request in self.requests:
+            request.cancelled = True
 
 
 class Service:
@@ -116,7 +125,7 @@ class Service:
         """Raise QueueFull if there is no room for ``count`` answers; call it before any work."""
         self.scheduler.check_room(count)
 
-    def answers(self, served: Served, prompts: Sequence[PromptIds], wish: Wish) -> list[Answer]:
+    def answers(self, served: Served, prompts: Sequence[PromptIds], wish: Wish) -> Answers:
         """``wish.answers`` answers to each prompt, which begin to be computed.
 
         Raises ConfigError for a wish out of range, and QueueFull.
@@ -128,17 +137,16 @@ class Service:
             name: value for name in drawn if (value := getattr(wish, name)) is not None
         }
         seed = secrets.randbits(32) if wish.seed is None else wish.seed
-        answers: list[Answer] = []
-        requests: list[Request] = []
+        answers = Answers()
         for prompt in prompts:
             length = self._new_tokens(served, prompt, wish.max_new_tokens)
             for _ in range(wish.answers):
-                answer = Answer()
-                answer.request = Request(
+                number = len(answers.requests)
+                request = Request(
                     prompt.ids,
                     tokenizer.decode,
-                    answer.put,
-                    replace(served.sampling, **given, seed=seed + len(answers)),
+                    partial(answers.put, number),
+                    replace(served.sampling, **given, seed=seed + number),
                     length,
                     texts,
                     {*prompt.stop_ids, *named, *wish.stop_ids},
@@ -146,9 +154,8 @@ class Service:
                     served.adapter,
                     wish.top,
                 )
-                answers.append(answer)
-                requests.append(answer.request)
-        self.scheduler.submit(requests)
+                answers.requests.append(request)
+        self.scheduler.submit(answers.requests)
         return answers
 
     def _new_tokens(self, served: Served, prompt: PromptIds, wished: int | None) -> int:

@@ -6,9 +6,9 @@ from typing import Any
 
 from llamax.inference.serving.bodies import GenerateBody, Parameters
 from llamax.inference.serving.formatter import PromptIds
-from llamax.inference.serving.openai import Events, Reply, Stream, gather
+from llamax.inference.serving.openai import Events, Reply, Stream
 from llamax.inference.serving.scheduler import Step
-from llamax.inference.serving.service import Answer, Served, Service, Wish
+from llamax.inference.serving.service import Answers, Served, Service, Wish
 from llamax.runtime.versions import LLAMAX
 
 NEW_TOKENS = 100  # TGI's default
@@ -46,11 +46,11 @@ async def generate(service: Service, body: GenerateBody, stream: bool, listed: b
     settings = body.parameters
     service.check_room(1)
     prompt = served.formatter.text(body.inputs)
-    (answer,) = service.answers(served, [prompt], _wish(settings, stream))
+    answers = service.answers(served, [prompt], _wish(settings, stream))
     before = body.inputs if settings.return_full_text else ""
     if stream:
-        return Stream(_events(served, prompt, answer, settings, before), [answer])
-    (steps,) = await gather([answer])
+        return Stream(_events(served, prompt, answers, settings, before), answers)
+    (steps,) = await answers.gather()
     reply: dict[str, Any] = {"generated_text": before + "".join(step.text for step in steps)}
     if settings.details:
         tokens = [_token(served, step) for step in steps]
@@ -62,10 +62,10 @@ async def generate(service: Service, body: GenerateBody, stream: bool, listed: b
 
 
 async def _events(
-    served: Served, prompt: PromptIds, answer: Answer, settings: Parameters, before: str
+    served: Served, prompt: PromptIds, answers: Answers, settings: Parameters, before: str
 ) -> Events:
     made, text = 0, before
-    async for step in answer.steps():
+    async for _, step in answers.steps():
         made, text = made + 1, text + step.text
         event: dict[str, Any] = {
             "index": made,
