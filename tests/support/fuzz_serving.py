@@ -33,18 +33,24 @@ PATHS = {
 REFUSED = {400, 404, 413, 429}
 
 
-@lru_cache(maxsize=1)
-def app() -> ASGIApp:
-    """The application with a tiny model."""
+def service(length: int = 32) -> Service:
+    """A tiny model with requests of up to ``length`` tokens, whose scheduler is not started."""
     folder = Path(mkdtemp()) / "model"
     base_folder(folder, llama(vocabulary=640))
     llama2_tokenizer(folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     loaded = open_model(folder)
     model, adapters = build_served(loaded, {}, torch.device("cpu"), "")
-    scheduler = Scheduler(model, adapters, 4, 32, 16, Metrics())
-    scheduler.start()
-    return build_app(Service(scheduler, {"m": Served(loaded, "", "")}, "m", 4), 2**20)
+    scheduler = Scheduler(model, adapters, 4, length, 16, Metrics())
+    return Service(scheduler, {"m": Served(loaded, "", "")}, "m", 4)
+
+
+@lru_cache(maxsize=1)
+def app() -> ASGIApp:
+    """The application with a tiny model."""
+    served = service()
+    served.scheduler.start()
+    return build_app(served, 2**20)
 
 
 def requests(folder: Path) -> None:

@@ -24,8 +24,8 @@ from llamax.inference.serving.bodies import (
     parse,
 )
 from llamax.inference.serving.openai import Reply, Stream
-from llamax.inference.serving.scheduler import QueueFull
-from llamax.inference.serving.service import Failed, Service, UnknownModel
+from llamax.inference.serving.scheduler import Failed, QueueFull, Stopped
+from llamax.inference.serving.service import Service, UnknownModel
 from llamax.runtime.errors import LlamaxError
 from llamax.runtime.json_reader import JsonError, parse_object
 from llamax.runtime.logging import logger
@@ -243,25 +243,26 @@ def _refusal(error: Exception) -> HttpError:
         return HttpError(404, message, "model")
     if isinstance(error, QueueFull):
         return HttpError(429, message)
-    if isinstance(error, LlamaxError) and not isinstance(error, Failed):
+    if isinstance(error, Failed):
+        return HttpError(503 if isinstance(error, Stopped) else 500, message)
+    if isinstance(error, LlamaxError):
         return HttpError(400, message)
-    if not isinstance(error, Failed):
-        logger.error("a request failed", exc_info=error)
-        message = f"{type(error).__name__} on the server; see its log"
-    return HttpError(500, message)
+    logger.error("a request failed", exc_info=error)
+    return HttpError(500, f"{type(error).__name__} on the server; see its log")
 
 
 def _content(error: HttpError, path: str) -> dict[str, Any]:
     """An error in the form of the interface of ``path``."""
     if path.startswith("/v1"):
-        kinds = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
-        kind = kinds.get(error.status, "invalid_request_error")
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        usual = "server_error" if error.status >= 500 else "invalid_request_error"
+        kind = kinds.get(error.status, usual)
         inside = {"message": str(error), "type": kind, "param": error.field or None}
         return {"error": inside | {"code": error.status}}
-    kinds = {429: "overloaded", 500: "generation"}
+    kinds = {429: "overloaded", 500: "generation", 503: "overloaded"}
     return {"error": str(error), "error_type": kinds.get(error.status, "validation")}
 
 
 def _error(error: HttpError, path: str) -> Response:
-    headers = {"retry-after": "1"} if error.status == 429 else None
+    headers = {"retry-after": "1"} if error.status in (429, 503) else None
     return JSONResponse(_content(error, path), error.status, headers)

@@ -1,16 +1,21 @@
-"""HTTP connections that are limited in number and wait for no client without end."""
+"""HTTP connections that are limited in number and wait for no client without end; their end."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
+from collections.abc import Callable
 from typing import Any
 
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_S = 30.0  # a client has so long to send the head of a request
 READ_S = 60.0  # a client has so long to take what the system holds of an answer
 REFUSED_S = 1.0  # a client that is refused has so long to read why
 REFUSED = 128  # connections that may be refused at once
+GRACE_S = 30.0  # requests in progress may go on for so long after a signal
+ERROR_S = 5.0  # the others have so long to send their error
 SPARE_FILES = 512  # what a server opens beside the connections that it serves
 BUSY = b'{"error": "too many open connections; try again later", "error_type": "overloaded"}'
 REFUSAL = (
@@ -101,3 +106,24 @@ def refuse(transport: asyncio.Transport) -> None:
     transport.write(REFUSAL)
     # Closed at once, the system would reset the connection, and the client could lose the answer.
     asyncio.get_running_loop().call_later(REFUSED_S, transport.abort)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, whose requests get an answer also at its end.
+
+    uvicorn itself cuts off those that take longer than it waits for.  ``end``: makes them end with
+    an error; called once they had GRACE_S, or after a second signal.
+    """
+
+    def __init__(self, config: uvicorn.Config, end: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._end = end
+        config.timeout_graceful_shutdown = int(GRACE_S + ERROR_S)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more connections, and wait for the requests in progress."""
+        asyncio.get_running_loop().call_later(GRACE_S, self._end)
+        await super().shutdown(sockets)
+        self._end()
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=ERROR_S)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, MutableSequence, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -42,10 +42,19 @@ WIDTHS = (16, 32, 64, 128, 192, 256)  # of pieces, where each number of rows is 
 ROWS = 16  # there, requests that make tokens are computed in multiples of so many
 DRAWN_LOGITS = 2**17  # logits from which tokens are drawn at once; bounds the copies
 NOT_FINITE = "the model's logits are not finite; serve an earlier checkpoint"
+STOPPED = "the server is stopping; try again later"
 
 
 class QueueFull(LlamaxError):
     """More requests wait than the server takes."""
+
+
+class Failed(LlamaxError):
+    """A request that is not computed to its end; the message is for its client."""
+
+
+class Stopped(Failed):
+    """A request that the server had no more time for before it stopped."""
 
 
 class Drawn(NamedTuple):
@@ -72,14 +81,14 @@ class Step(NamedTuple):
 class Request:
     """A prompt to be continued.
 
-    ``on_step`` is called on the scheduler's thread for each new token, or with the message of an
-    error, after which nothing follows.  ``top``: number of log-probabilities beside that of the
+    ``on_step`` is called on the scheduler's thread for each new token, or with an error, after
+    which nothing follows.  ``top``: number of log-probabilities beside that of the
     drawn token; None: no log-probability at all.
     """
 
     ids: Sequence[int]
     decode: Callable[[list[int]], str]
-    on_step: Callable[[Step | str], None]
+    on_step: Callable[[Step | Failed], None]
     sampling: Sampling
     max_new_tokens: int
     stops: Sequence[str] = ()
@@ -151,11 +160,15 @@ class Scheduler:
         """Begin to compute."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the thread after its present step; requests in progress get nothing more."""
+    def end(self) -> None:
+        """End the thread after its present step; requests that are not done get Stopped."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
+
+    def stop(self) -> None:
+        """End the thread, and wait until it has ended."""
+        self.end()
         self._thread.join()
 
     @property
@@ -164,14 +177,16 @@ class Scheduler:
         return self._thread.is_alive()
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Queue requests, all or none of them; QueueFull if there is no room."""
+        """Queue requests, all or none of them; raises what ``check_room`` raises."""
         with self._changed:
             self.check_room(len(requests))
             self._waiting.extend(requests)
             self._changed.notify()
 
     def check_room(self, count: int) -> None:
-        """Raise QueueFull if there is no room for ``count`` requests."""
+        """Raise QueueFull if there is no room for ``count`` requests, Stopped at the end."""
+        if self._stopping:
+            raise Stopped(STOPPED)
         active, waiting = len(self._active), len(self._waiting)
         if count > self.slots - active + self.queue - waiting:
             raise QueueFull(
@@ -179,23 +194,35 @@ class Scheduler:
             )
 
     def _run(self) -> None:
-        with torch.inference_mode():
-            while True:
-                with self._changed:
-                    while not (self._stopping or self._active or self._waiting):
-                        self._changed.wait()
-                    if self._stopping:
-                        return
-                    self._admit()
-                try:
-                    self._turn()
-                except Exception as error:  # it ends the requests of its batch, not the server
-                    logger.exception("a batch failed")
-                    for request in list(self._active):
-                        self._fail(request, f"{type(error).__name__} on the server; see its log")
+        try:
+            with torch.inference_mode():
+                self._turns()
+        finally:
+            with self._changed:
+                self._stopping = True
+                for requests in (self._active, self._waiting):
+                    self._fail_all(requests, Stopped(STOPPED))
+
+    def _turns(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._stopping or self._active or self._waiting):
+                    self._changed.wait()
+                if self._stopping:
+                    return
+                self._admit()
+            try:
+                self._turn()
+            except Exception as error:  # it ends the requests of its batch, not the server
+                logger.exception("a batch failed")
+                message = f"{type(error).__name__} on the server; see its log"
+                self._fail_all(self._active, Failed(message))
 
     def _admit(self) -> None:
-        """Take waiting requests into free slots."""
+        """Take waiting requests into free slots; those whose clients are gone are dropped."""
+        for request in [request for request in self._waiting if request.cancelled]:
+            self._waiting.remove(request)
+            self._count(request, "cancelled")
         while self._waiting and len(self._active) < self.slots:
             self._active.append(self._waiting.popleft())
 
@@ -284,24 +311,30 @@ class Scheduler:
                 self._end(request, step.ended)
         for request, is_finite in zip(requests, finite, strict=True):
             if not is_finite:
-                self._fail(request, NOT_FINITE)
+                self._send(request, Failed(NOT_FINITE))
+                self._end(request, "failed")
 
-    def _fail(self, request: Request, message: str) -> None:
-        self._send(request, message)
-        self._end(request, "failed")
+    def _fail_all(self, requests: MutableSequence[Request], error: Failed) -> None:
+        for request in requests:
+            self._send(request, error)
+            self._count(request, "failed")
+        requests.clear()
 
-    def _send(self, request: Request, step: Step | str) -> None:
+    def _send(self, request: Request, step: Step | Failed) -> None:
         try:
             request.on_step(step)
         except RuntimeError:  # the event loop of the web server has ended
             request.cancelled = True
+
+    def _count(self, request: Request, outcome: str) -> None:
+        self.metrics.ended(outcome, time.perf_counter() - request.began)
 
     def _end(self, request: Request, outcome: str) -> None:
         """Free the slot of a request.
 
         Requests that make tokens stay before those that wait, which keep their order.
         """
-        self.metrics.ended(outcome, time.perf_counter() - request.began)
+        self._count(request, outcome)
         hole = self._active.index(request)
         making = sum(not each.waits for each in self._active)
         for source in range(making - 1, len(self._active)):

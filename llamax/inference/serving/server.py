@@ -35,7 +35,6 @@ from llamax.runtime.progress import reported
 from llamax.runtime.units import show_bytes
 
 LENGTH = 4096  # of requests, where the model could take more
-GRACE_S = 30  # requests in progress may end after a signal
 Show = Callable[[str], None]
 
 
@@ -117,7 +116,7 @@ def serve(
         import uvicorn
 
         from llamax.inference.serving.app import build_app
-        from llamax.inference.serving.connection import REFUSED, SPARE_FILES, Connection
+        from llamax.inference.serving.connection import REFUSED, SPARE_FILES, Connection, Server
         from llamax.inference.serving.metrics import Metrics
     except ImportError as error:
         raise BackendError(
@@ -164,9 +163,9 @@ def serve(
             http=partial(Connection, limit=settings.connections),  # type: ignore[arg-type]
             backlog=REFUSED,  # connections accepted in one turn
             ws="none",
+            lifespan="off",
             log_config=None,
             access_log=False,
-            timeout_graceful_shutdown=GRACE_S,
         )
         scheduler.start()
         listener.listen(config.backlog)  # who connects from now on waits for an answer
@@ -179,7 +178,7 @@ def serve(
                 f"{show_bytes(scheduler.pool.num_bytes)} for {settings.slots} requests of "
                 f"{length:,} tokens)"
             )
-            uvicorn.Server(config).run(sockets=[listener])
+            Server(config, scheduler.end).run(sockets=[listener])
         finally:
             scheduler.stop()
 

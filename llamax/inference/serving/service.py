@@ -12,7 +12,7 @@ from typing import Any
 from llamax.inference.engine import LoadedModel, split_stops
 from llamax.inference.sampling import sampling_of
 from llamax.inference.serving.formatter import Formatter, PromptIds
-from llamax.inference.serving.scheduler import Request, Scheduler, Step
+from llamax.inference.serving.scheduler import Failed, Request, Scheduler, Step
 from llamax.runtime.errors import ConfigError, LlamaxError
 from llamax.runtime.units import count
 
@@ -21,10 +21,6 @@ ANY_MODEL = ("tgi", "dummy")  # with which clients of TGI mean the model of the 
 
 class UnknownModel(LlamaxError):
     """A model that the server does not have."""
-
-
-class Failed(LlamaxError):
-    """A request that the server could not compute; the message is for its client."""
 
 
 class Served:
@@ -68,10 +64,10 @@ class Answers:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._steps = asyncio.Queue[tuple[int, Step | str]]()
+        self._steps = asyncio.Queue[tuple[int, Step | Failed]]()
         self.requests: list[Request] = []
 
-    def put(self, number: int, step: Step | str) -> None:
+    def put(self, number: int, step: Step | Failed) -> None:
         """Add a step of an answer, from the scheduler's thread."""
         self._loop.call_soon_threadsafe(self._steps.put_nowait, (number, step))
 
@@ -81,8 +77,8 @@ class Answers:
         try:
             while left:
                 number, step = await self._steps.get()
-                if isinstance(step, str):
-                    raise Failed(step)
+                if isinstance(step, Failed):
+                    raise step
                 left -= bool(step.ended)
                 yield number, step
         finally:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import queue
 import random
+import threading
+import time
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -15,7 +18,15 @@ from llamax.inference.sampling import Sampling, generate_tokens, join_steps
 from llamax.inference.serving import scheduler as module
 from llamax.inference.serving.adapters import Adapters
 from llamax.inference.serving.metrics import Metrics
-from llamax.inference.serving.scheduler import Request, Scheduler, Step, draw
+from llamax.inference.serving.scheduler import (
+    Failed,
+    QueueFull,
+    Request,
+    Scheduler,
+    Step,
+    Stopped,
+    draw,
+)
 from llamax.model.llama import Llama
 
 PIECE = 8
@@ -47,7 +58,7 @@ class Asked:
         self.ended = ""
         self.request = Request(ids, lambda ids: "", self.take, Sampling(), new)
 
-    def take(self, step: Step | str) -> None:
+    def take(self, step: Step | Failed) -> None:
         assert isinstance(step, Step), step
         self.tokens.append(step.drawn.token)
         self.ended = step.ended
@@ -129,6 +140,79 @@ def test_a_client_that_goes_away_changes_no_other_answer(
                 pass
             assert len(gone.tokens) < 9
             assert [asked.tokens for asked in every] == [alone(model, asked) for asked in every]
+
+
+def test_requests_whose_clients_are_gone_take_no_room_in_the_queue(scheduler: Scheduler) -> None:
+    every = [Asked(prompt(3, n), 30) for n in range(4 + 64)]
+    scheduler.submit([asked.request for asked in every])
+    turn(scheduler)
+    with pytest.raises(QueueFull):
+        scheduler.check_room(1)
+    for asked in every[4:]:
+        asked.request.cancelled = True
+    turn(scheduler)
+    scheduler.check_room(64)
+    assert b'llamax_requests_total{outcome="cancelled"} 64.0' in scheduler.metrics.text()
+
+
+class Waiting:
+    """A request in another thread, and what ended it."""
+
+    def __init__(self, length: int, new: int) -> None:
+        self.ended: queue.Queue[str | Failed] = queue.Queue()
+        self.request = Request(prompt(length, 0), lambda ids: "", self.take, Sampling(), new)
+
+    def take(self, step: Step | Failed) -> None:
+        if isinstance(step, Failed) or step.ended:
+            self.ended.put(step if isinstance(step, Failed) else step.ended)
+
+
+@pytest.mark.timeout(300)
+def test_a_batch_that_fails_ends_its_requests_and_no_others(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a device that fails: nothing can be moved in its cache either."""
+
+    def fail(*arguments: object) -> torch.Tensor:
+        raise RuntimeError("the device has failed")
+
+    scheduler.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler, "_one_token", fail)
+        patch.setattr(scheduler.pool, "move", fail)
+        every = [Waiting(3, 9) for _ in range(3)]
+        scheduler.submit([each.request for each in every])
+        for each in every:
+            assert "RuntimeError on the server" in str(each.ended.get(timeout=200))
+    further = Waiting(3, 2)
+    scheduler.submit([further.request])
+    assert further.ended.get(timeout=200) == "length"
+    scheduler.stop()
+
+
+@pytest.mark.timeout(300)
+def test_requests_in_progress_and_waiting_are_answered_when_the_scheduler_stops(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computing = threading.Event()
+
+    def wait_for_the_end(*arguments: Any) -> torch.Tensor:
+        computing.set()
+        while not scheduler._stopping:
+            time.sleep(0.001)
+        return one_token(*arguments)
+
+    one_token = scheduler._one_token
+    monkeypatch.setattr(scheduler, "_one_token", wait_for_the_end)
+    every = [Waiting(3, 60) for _ in range(6)]
+    scheduler.submit([each.request for each in every])
+    scheduler.start()
+    computing.wait()
+    scheduler.stop()
+    for each in every:
+        assert isinstance(each.ended.get_nowait(), Stopped)
+    with pytest.raises(Stopped, match="the server is stopping"):
+        scheduler.submit([Waiting(3, 1).request])
 
 
 def test_the_others_make_tokens_while_a_long_prompt_is_computed(scheduler: Scheduler) -> None:
