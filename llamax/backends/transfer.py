@@ -16,6 +16,17 @@ def moved(x: Tensor, device: torch.device | str) -> Tensor:
     return x.to(device, copy=True)
 
 
+def sent(x: Tensor, device: torch.device | str) -> Tensor:
+    """``x`` from the host on ``device``; the host goes on, whatever the device still has to do.
+
+    A GPU copies from pinned memory alone without the host, which would else wait for all work
+    before it.  torch keeps that memory until the copy is done, and for the next one.
+    """
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def move_parameter(parameter: Parameter, device: torch.device | str) -> None:
     """Move ``parameter`` in place, without its hooks: every reference to it follows."""
     there = Parameter(moved(parameter.detach(), device), parameter.requires_grad)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llamax.backends.transfer import sent
 from llamax.config.choices import EAGER_BACKENDS
 from llamax.model.dropout import Dropout
 from llamax.parallel import regions
@@ -180,7 +181,7 @@ class Stage:
         """What is given in a swap where nothing is to be sent."""
         if self._unused is None or self._unused.shape != like.shape:
             device = self.axes.world.rank_index.device
-            self._unused = torch.zeros(like.shape, dtype=like.dtype).to(device)
+            self._unused = sent(torch.zeros(like.shape, dtype=like.dtype), device)
         return self._unused
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from llamax.backends.base import EAGER_DEVICE, Device
+from llamax.backends.transfer import sent
 from llamax.checkpoint.plain_llama import own_names
 from llamax.config.rules.pipeline import splits
 from llamax.config.types import ContextBy
@@ -156,7 +157,7 @@ class TrainState:
         """
         device, scaling = self.axes.data.rank_index.device, self.loss_scale
         own_metrics = len(self.model.metric_names)
-        sums = torch.zeros(2 + own_metrics).to(device)  # sent: the first microstep is as the others
+        sums = sent(torch.zeros(2 + own_metrics), device)  # so the first microstep is as the others
 
         def mean_of(total: Tensor) -> Tensor:
             mean = total / self.step_tokens
@@ -196,7 +197,7 @@ class TrainState:
         first = _of_first(self.axes.tp, sums)
         self._sum_check.check(sums, first)
         inputs = torch.tensor([self.learning_rate(number), float(number), request])
-        lr, step, asked = inputs.to(sums.device).split(1)
+        lr, step, asked = sent(inputs, sums.device).split(1)
         numbers, updates = torch.cat((first, asked)), step
         accepts: list[Callable[[Tensor], Tensor]] = []
         if spikes is not None:
@@ -227,7 +228,7 @@ class TrainState:
         ``batches`` are this data rank's microbatches of each.  The result is the same on every
         rank.
         """
-        sums = mean = torch.zeros(2).to(self.axes.data.rank_index.device)
+        sums = mean = sent(torch.zeros(2), self.axes.data.rank_index.device)
         one_stage = self.axes.pp.size == 1
 
         def compute(micros: Sequence[Batch], micro: Micro, x_BsD: Tensor | None) -> Tensor:
@@ -297,7 +298,7 @@ class TrainState:
         self, batch: Batch, keys_B: Tensor | None, x_BsD: Tensor | None, layers: range
     ) -> tuple[Tensor, Tensor]:
         """Summed loss and counted tokens of a microbatch; ``x_BsD`` comes from the stage before."""
-        labels = batch.labels.int().to(self.model.tp.rank_index.device, non_blocking=True)
+        labels = sent(batch.labels.int(), self.model.tp.rank_index.device)
         ids, positions, more = self._inputs(batch, keys_B, x_BsD, layers)
         inputs = ids, labels, positions
         return model_checks.loss_of(self.model, self.axes, layers, inputs, more)
@@ -321,7 +322,7 @@ class TrainState:
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Ids, positions and other arguments of the model, on its device."""
         device, cp = self.model.tp.rank_index.device, self.axes.cp
-        send: Callable[[Tensor], Tensor] = partial(Tensor.to, device=device, non_blocking=True)
+        send: Callable[[Tensor], Tensor] = partial(sent, device=device)
         ids, positions = send(batch.ids.int()), send(batch.positions.int())
         documents = None if batch.documents is None else send(batch.documents)
         keys_B = None if keys_B is None else send(keys_B)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from llamax.backends.torch_distributed import Cuda
+from llamax.backends.transfer import sent
 
 
 @pytest.mark.parametrize(
@@ -23,3 +25,22 @@ def test_a_run_is_rated_against_the_peak_of_its_type(
     backend.device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu)
     assert backend.peak_flops(dtype) == peak
+
+
+def test_what_a_step_sends_to_a_gpu_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[object] = []
+
+    def pin(x: Tensor) -> Tensor:
+        done.append("pinned")
+        return x
+
+    def to(x: Tensor, device: torch.device, non_blocking: bool) -> Tensor:
+        done.append((torch.device(device).type, non_blocking))
+        return x
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(Tensor, "to", to)
+    sent(torch.zeros(2), torch.device("cuda", 0))
+    sent(torch.zeros(2), "cpu")
+    sent(torch.zeros(2, device="meta"), "cuda")
+    assert done == ["pinned", ("cuda", True), ("cpu", True), ("cuda", True)]
