@@ -34,11 +34,13 @@ def choose(
     of NeuronCores (``xla``).  ``words``: those of messages.  Raises BackendError for an unknown
     backend or one without a device.
     """
-    from llamax.backends.torch_distributed import Cpu, Cuda, Neuron
+    from llamax.backends.torch_distributed import Cpu, Neuron
 
     if name == "cpu":
         return Cpu(rendezvous, threads, words)
     if name == "cuda":
+        from llamax.backends.cuda import Cuda
+
         return Cuda(rendezvous, words)
     if name == "xla":
         from llamax.backends.xla import Xla

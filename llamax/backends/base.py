@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -48,6 +48,10 @@ class Device(Protocol):
         """Device scalars as Python floats; the only place where the host waits for the device."""
         ...
 
+    def fetch_from_here(self) -> Callable[[Sequence[Tensor]], list[float]]:
+        """A ``fetch`` that waits for the work begun so far, and for none that begins later."""
+        ...
+
 
 class EagerDevice:
     """A device that runs each operation at once."""
@@ -57,6 +61,10 @@ class EagerDevice:
 
     def fetch(self, tensors: Sequence[Tensor]) -> list[float]:
         return [float(tensor) for tensor in tensors]
+
+    def fetch_from_here(self) -> Callable[[Sequence[Tensor]], list[float]]:
+        """``fetch``; devices with a queue of work give another."""
+        return self.fetch
 
 
 EAGER_DEVICE = EagerDevice()

@@ -1,4 +1,4 @@
-"""Backends on torch.distributed: gloo on CPUs, nccl on GPUs, neuron on trn2 and trn3."""
+"""Backends on torch.distributed: gloo on CPUs, neuron on trn2 and trn3; on GPUs ``cuda.py``."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from llamax.backends import cpu
 from llamax.backends.base import TRAINING, EagerDevice, Words
 from llamax.backends.of_rank_0 import of_rank_0
 from llamax.backends.torch_axes import GlooAxis, TorchAxis
-from llamax.config.hardware import gpu_peak_flops
 from llamax.config.neuron_sdk import torchneuron_sdk
 from llamax.parallel.collectives import Axes, Axis, Solo
 from llamax.parallel.mesh import EDGES, Groups, Mesh
 from llamax.parallel.network import interface, is_loopback, source_address
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.cores import cores, requested_threads
-from llamax.runtime.errors import BackendError, LostRank
+from llamax.runtime.errors import BackendError, LostRank, Stopped
 from llamax.runtime.logging import logger
 from llamax.runtime.units import count
 
 WAITING_S = 30  # after which missing ranks are mentioned
 POLL_S = 0.1  # between attempts to reach rank 0
 NO_MEMORY = re.compile(r"[tT]ried to allocate ([\d.]+ \w+)")  # host and device memory
+LAST_ERROR = "Last error:"  # nccl: what went wrong stands below
 Made = dict[tuple[int, ...], dist.ProcessGroup]
 
 
-class _TorchBackend(EagerDevice):
+class TorchBackend(EagerDevice):
     """The process group and its axes, shared by all backends on torch.distributed."""
 
     name: str
@@ -48,6 +48,7 @@ class _TorchBackend(EagerDevice):
     collectives: str
     axis: type[TorchAxis] = TorchAxis
     traces = False
+    grace_s = 0.0  # by which a collective waits longer than ranks for each other
 
     def __init__(self, rendezvous: Rendezvous, words: Words = TRAINING) -> None:
         self.rendezvous, self.words = rendezvous, words
@@ -59,24 +60,41 @@ class _TorchBackend(EagerDevice):
         Raises BackendError where the port is in use, other ranks do not join in time or memory runs
         out, and LostRank where a rank is lost later.
         """
+        orderly = False
         try:
             yield self._join(mesh, timeout_s)
+            orderly = True
+        except (Stopped, SystemExit):  # all ranks leave together
+            orderly = True
+            raise
         except (dist.DistError, RuntimeError) as error:
-            if refused := NO_MEMORY.search(str(error)):
-                raise BackendError(
-                    f"rank {self.rendezvous.rank} of {self.rendezvous.world_size} was refused "
-                    f"{refused[1]} of memory; use more ranks{self.words.less}"
-                ) from error
-            if isinstance(error, dist.DistError) or "gloo" in str(error):
-                raise LostRank(
-                    f"rank {self.rendezvous.rank} of {self.rendezvous.world_size} lost the "
-                    f"connection to another rank ({_first_line(error)}); see its message; start "
-                    "the job again to resume from its newest checkpoint"
-                ) from error
+            if explained := self._explained(error):
+                raise explained from error
             raise
         finally:
             if dist.is_initialized():
-                dist.destroy_process_group()
+                self._leave(orderly)
+
+    def _explained(self, error: BaseException) -> BackendError | None:
+        """What happened, in one line; None where it is no error of memory or of a connection."""
+        who = f"rank {self.rendezvous.rank} of {self.rendezvous.world_size}"
+        if refused := NO_MEMORY.search(str(error)):
+            return BackendError(
+                f"{who} was refused {refused[1]} of memory; use more ranks{self.words.less}"
+            )
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            return LostRank(
+                f"{who} lost the connection to another rank ({reason(error)}); see its message; "
+                "start the job again to resume from its newest checkpoint"
+            )
+        return None
+
+    def _leave(self, orderly: bool) -> None:
+        """Leave the world; ``orderly``: as all ranks do."""
+        dist.destroy_process_group()
+
+    def _check_devices(self, store: Store) -> None:
+        """Raise BackendError where ranks share a device; all ranks call it."""
 
     def _join(self, mesh: Mesh, timeout_s: float) -> Axes:
         rendezvous = self.rendezvous
@@ -84,7 +102,7 @@ class _TorchBackend(EagerDevice):
             return Axes.solo(self.device)
         if rendezvous.one_machine:  # listen on the loopback only
             os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
-        timeout = timedelta(seconds=timeout_s)
+        timeout, longest = (timedelta(seconds=timeout_s + more) for more in (0.0, self.grace_s))
         waiting = threading.Timer(WAITING_S, _say_what_is_waited_for, (rendezvous, timeout_s))
         waiting.daemon = True
         waiting.start()
@@ -92,23 +110,24 @@ class _TorchBackend(EagerDevice):
             store = PrefixStore(f"llamax/{rendezvous.attempt}", _store(rendezvous, timeout))
             if self.collectives == "gloo" and (network := _interface(rendezvous, store)):
                 os.environ["GLOO_SOCKET_IFNAME"] = network
+            self._check_devices(store)
             dist.init_process_group(
                 self.collectives,
                 store=store,
                 rank=rendezvous.rank,
                 world_size=rendezvous.world_size,
-                timeout=timeout,
+                timeout=longest,
             )
         except (dist.DistError, RuntimeError, OSError) as error:
             raise BackendError(
                 f"rank {rendezvous.rank} of {rendezvous.world_size} could not join the others at "
-                f"{rendezvous.address}:{rendezvous.port} ({_first_line(error)}); start every rank"
+                f"{rendezvous.address}:{rendezvous.port} ({reason(error)}); start every rank"
                 f"{self.words.wait}{_network_hint(error)}"
             ) from error
         finally:
             waiting.cancel()
         made: Made = {}  # axes of the same ranks share one
-        return Axes.of(mesh, rendezvous.rank, partial(self._axis, timeout, made))
+        return Axes.of(mesh, rendezvous.rank, partial(self._axis, longest, made))
 
     def _axis(self, timeout: timedelta, made: Made, name: str, groups: Groups) -> Axis:
         ranks = next((group for group in groups if self.rendezvous.rank in group), ())
@@ -137,7 +156,7 @@ class _TorchBackend(EagerDevice):
         return of_rank_0(self.rendezvous, name, value)
 
 
-class Cpu(_TorchBackend):
+class Cpu(TorchBackend):
     """torch on CPUs; ``threads``: of a rank, 0 for OMP_NUM_THREADS or a share of the cores."""
 
     name, collectives, axis = "cpu", "gloo", GlooAxis
@@ -159,34 +178,7 @@ class Cpu(_TorchBackend):
         return None  # a measurement varies with the load, so two runs could not be compared
 
 
-class Cuda(_TorchBackend):
-    """torch on NVIDIA GPUs, one for each rank."""
-
-    name, collectives = "cuda", "nccl"
-
-    def __init__(self, rendezvous: Rendezvous, words: Words = TRAINING) -> None:
-        super().__init__(rendezvous, words)
-        if rendezvous.local_world_size > (gpus := torch.cuda.device_count()):
-            raise BackendError(
-                f"{words.backend('cuda')}: {count(rendezvous.local_world_size, 'rank')} on this "
-                f"machine and {count(gpus, 'visible GPU')}, but every rank needs one; start fewer "
-                f"ranks or use {words.backend('cpu')}"
-            )
-        self.device = torch.device("cuda", rendezvous.local_rank)
-        torch.cuda.set_device(self.device)
-
-    def synchronize(self) -> None:
-        torch.cuda.synchronize(self.device)
-
-    def memory(self) -> int:
-        return torch.cuda.max_memory_allocated(self.device)
-
-    def peak_flops(self, dtype: torch.dtype) -> float | None:
-        name = torch.cuda.get_device_name(self.device)
-        return gpu_peak_flops(name, str(dtype).removeprefix("torch."))
-
-
-class Neuron(_TorchBackend):
+class Neuron(TorchBackend):
     """torch on trn2 and trn3 by TorchNeuron, with a device and a process group named neuron.
 
     Importing ``torch_neuronx`` registers them; the package of the same name for trn1 has only XLA.
@@ -323,5 +315,8 @@ def _network_hint(error: BaseException) -> str:
     )
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+def reason(error: BaseException) -> str:
+    """The line of an error that says most."""
+    first, _, last = str(error).partition(LAST_ERROR)
+    lines = [*last.strip().splitlines(), *first.strip().splitlines(), type(error).__name__]
+    return lines[0].strip()[:200]

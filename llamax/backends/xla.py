@@ -27,12 +27,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import Store  # type: ignore[attr-defined]
-from torch.distributed.distributed_c10d import _get_default_store
 
 from llamax.backends import neuron_memory, nxd, xla_install
 from llamax.backends.base import TRAINING, Words
-from llamax.backends.of_rank_0 import of_rank_0
+from llamax.backends.of_rank_0 import StoreBarrier, of_rank_0
 from llamax.config.hardware import default_machine, load_machine
 from llamax.parallel.collectives import Axes, Axis, Reduction, Solo
 from llamax.parallel.mesh import EDGES, Groups, Mesh
@@ -187,7 +185,7 @@ class Xla:
                 f"world of one: start one rank, or use {words.backend('cpu')}"
             )
         self.device: torch.device = torch_xla.device()
-        self._barriers = self._most_memory = 0
+        self._barrier, self._most_memory = StoreBarrier(rendezvous), 0
         self._fallbacks = set(metrics.executed_fallback_ops())
 
     @contextmanager
@@ -215,6 +213,9 @@ class Xla:
         """Waits for the step that computed the tensors, not for later ones."""
         return [float(tensor.cpu()) for tensor in tensors]
 
+    def fetch_from_here(self) -> Callable[[Sequence[Tensor]], list[float]]:
+        return self.fetch
+
     def step_boundary(self) -> None:
         """Compile the recorded program, unless it is cached, and start it; does not wait.
 
@@ -233,11 +234,7 @@ class Xla:
 
     def barrier(self) -> None:
         """Wait on the host: a collective would be another program to compile."""
-        if self.rendezvous.world_size > 1:
-            self._barriers += 1
-            wait_for_all(
-                _get_default_store(), f"llamax/{self._barriers}", self.rendezvous.world_size
-            )
+        self._barrier.wait()
 
     def of_rank_0(self, name: str, value: int) -> int:
         return of_rank_0(self.rendezvous, name, value)
@@ -264,10 +261,3 @@ class Xla:
     def host_reads(self) -> int:
         """Copies from the device to the host so far."""
         return int((self.metrics.metric_data("TransferFromDeviceTime") or (0,))[0])
-
-
-def wait_for_all(store: Store, name: str, size: int) -> None:
-    """Wait until ``size`` ranks have called this with ``name``."""
-    if store.add(name, 1) == size:
-        store.set(f"{name}/all", "")
-    store.wait([f"{name}/all"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -75,6 +75,14 @@ class Step:
         self.validation_loss: Tensor | None = None
         self.loss_scale: list[Tensor] = []  # that the next step begins with
         self.metrics: dict[str, Tensor] = {}  # of a program's own
+        self._fetch: Callable[[Sequence[Tensor]], list[float]] = device.fetch
+
+    def is_begun(self) -> None:
+        """The device has all the work of this step: ``result`` waits for no work that comes later.
+
+        But for that of a ``validation_loss``, where there is one.
+        """
+        self._fetch = self.device.fetch_from_here()
 
     @cached_property
     def result(self) -> StepResult:
@@ -85,7 +93,8 @@ class Step:
         """
         values = [self.loss, self.grad_norm, self.tokens, self.requests, *self.loss_scale]
         last = [] if self.validation_loss is None else [self.validation_loss]
-        fetched = self.device.fetch([*values, *self.bounds, *self.metrics.values(), *last])
+        fetch = self.device.fetch if last else self._fetch
+        fetched = fetch([*values, *self.bounds, *self.metrics.values(), *last])
         loss, grad_norm, labels, requests, *more = fetched
         scale, more = more[: len(self.loss_scale)], more[len(self.loss_scale) :]
         bounds, more = more[: len(self.bounds)], more[len(self.bounds) :]

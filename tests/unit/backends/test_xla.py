@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from llamax.backends import choose, xla, xla_install
+from llamax.backends import choose, of_rank_0, xla, xla_install
 from llamax.config.hardware import load_machine
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
@@ -108,13 +108,13 @@ def test_ranks_meet_on_the_host() -> None:
     late = threading.Event()
 
     def first() -> None:
-        xla.wait_for_all(store, "here", 2)
+        of_rank_0.wait_for_all(store, "here", 2)
         late.set()
 
     thread = threading.Thread(target=first)
     thread.start()
     assert not late.wait(0.2), "it waits for the second"
-    xla.wait_for_all(store, "here", 2)
+    of_rank_0.wait_for_all(store, "here", 2)
     thread.join(10)
     assert late.is_set()
 
