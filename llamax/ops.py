@@ -27,6 +27,7 @@ from torch import Tensor
 
 from llamax.config.constants import ATTENTION_LENGTHS
 
+FUSED = "attention.fused:attention"
 IGNORE_INDEX = -100  # the label of a position without loss, as in torch
 
 
@@ -227,22 +228,13 @@ def selected_embedding(ids: Tensor, weight: Tensor) -> Tensor:
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
+    mask, lengths = None, (q.shape[1], k.shape[1])
     if documents is not None:
-        return fused_attention_cached(q, k, v, _causal_mask(q, k, documents))
-    lengths = q.shape[1], k.shape[1]
-    bias = "torch.nn.attention.bias"  # takes as long to import as torch: only where it is needed
-    mask = None if lengths[0] == lengths[1] else import_module(bias).causal_lower_right(*lengths)
-    return _fused(q, k, v, mask)
-
-
-def fused_attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    return _fused(q, k, v, mask[:, None])
-
-
-def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
-    return out.transpose(1, 2)
+        mask = _causal_mask(q, k, documents)
+    elif lengths[0] != lengths[1]:  # imported here: that takes as long as importing torch
+        mask = import_module("torch.nn.attention.bias").causal_lower_right(*lengths)
+    y: Tensor = load(FUSED)(q, k, v, mask)
+    return y
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -357,7 +349,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     "attention_cached": (
         Row("cpu", lambda q, *_: q.shape[1] == 1 and _cpu_with_units(q), "attention.op:one_query"),
-        Row("fused", lambda q, *_: _on_cuda(q) or _cpu_with_units(q), fused_attention_cached),
+        Row("fused", lambda q, *_: _on_cuda(q) or _cpu_with_units(q), FUSED),
         Row("traced", _on_xla, "attention.traced:attention_cached"),
         Row("reference", _anywhere, reference_attention_cached),
     ),

@@ -248,7 +248,7 @@ def tensor(values: Any, *, device: Any = None, make: Any = torch.tensor, **setti
 
 def lower_right(queries: int, keys: int) -> Tensor:
     """A mask in the place of torch's, a kind of tensor that cannot be a fake one as well."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=DEVICE)
+    return torch.zeros(queries, keys, device=DEVICE)
 
 
 def reduced_on_the_host(axis: torch_axes.TorchAxis, x: Tensor, op: str = "sum") -> Tensor:

@@ -32,6 +32,19 @@ def pairs_at_once(share: Share, machine: Machine) -> int:
     return pairs(share) // (2 * n + 1) if n > 1 and compiled(machine) else pairs(share)
 
 
+def kept_by_gpu(share: Share, machine: Machine) -> int:
+    """Bytes that a GPU's fused attention keeps of a layer beside what every other keeps.
+
+    With a mask of documents, or in float32, it reads no grouped heads: it keeps keys and values for
+    each query head, and the mask in the dtype of the model (``kernels/attention/fused.py``).
+    """
+    masked = share.config.data.separate_documents
+    if machine.backend != "cuda" or by_ring(share) or not (masked or share.width == 4):
+        return 0
+    copies = 2 * share.tokens * share.query if share.key < share.query else 0
+    return share.width * (copies + (pairs(share) // share.heads if masked else 0))
+
+
 def by_ring(share: Share) -> bool:
     """Whether context ranks pass keys and values around a ring, instead of gathering them."""
     return share.mesh.cp > 1 and share.config.parallel.context_by == "ring"

@@ -38,6 +38,7 @@ from llamax.tools.plan.context import (
     by_ring,
     exchange,
     gathered_bytes,
+    kept_by_gpu,
     pairs,
     pairs_at_once,
 )
@@ -254,7 +255,8 @@ def attention_kept(share: Share, machine: Machine) -> float:
     if machine.backend == "cpu" and share.mesh.cp == 1 and blocks:
         return 4 * T * share.heads  # the projection's output goes when it is rotated
     copied = -2 * k if share.mesh.cp > 1 else k  # this rank's keys and values are gathered copies
-    return T * (q + copied) * width + 4 * T * share.heads + gathered_bytes(share)
+    more = gathered_bytes(share) + kept_by_gpu(share, machine)
+    return T * (q + copied) * width + 4 * T * share.heads + more
 
 
 def layer_kept(share: Share, machine: Machine, mode: Recompute) -> tuple[float, str]:
