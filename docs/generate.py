@@ -146,7 +146,9 @@ def neuron_sdks() -> str:
         "`aws-neuronx-runtime-lib`": lambda sdk: sdk.runtime,
         "`aws-neuronx-collectives`": lambda sdk: sdk.collectives,
         "`aws-neuronx-tools`": lambda sdk: sdk.tools,
-        "driver": lambda sdk: sdk.driver,
+        "driver": lambda sdk: (
+            f"{sdk.driver} to {sdk.newest_driver}" if sdk.newest_driver else sdk.driver
+        ),
         "profiler": lambda sdk: f"`{sdk.profiler}`",
         "communicators of a program": lambda sdk: sdk.communicators,
         "tag of `pytorch-training-neuronx`": lambda sdk: sdk.image,

@@ -53,6 +53,8 @@ class NeuronSdk:
     """Tag of AWS's container of vLLM, in the README of its containers."""
     nki_for_trn1: bool = False
     """Whether its nki compiles for trn1."""
+    newest_driver: str = ""
+    """The newest driver that its runtime works with; "": none is known to be too new."""
     torchneuron: tuple[str, ...] = ()
     """Versions of torch that its TorchNeuron, the native device of trn2 and trn3, fits."""
 

@@ -16,6 +16,7 @@ from llamax.config.neuron_sdk import (
     NeuronSdk,
     absent,
     begins,
+    known_sdks,
     known_variables,
     numbers,
     sdk_of_compiler,
@@ -228,6 +229,8 @@ def _of_sdk(
 def _system(host: Host, sdk: NeuronSdk) -> Iterator[Finding]:
     """The driver, and the packages of the operating system, where dpkg knows them."""
     driver = host.read("sys/module/neuron/version")
+    status = host.read("var/lib/dpkg/status") or ""
+    of_runtime = _of_runtime(_from_dpkg(status, "aws-neuronx-runtime-lib")) or sdk
     if driver is None:
         yield unknown("driver", "the Neuron driver is not loaded here", "run doctor on a node")
     elif numbers(driver) < numbers(sdk.driver):
@@ -236,33 +239,57 @@ def _system(host: Host, sdk: NeuronSdk) -> Iterator[Finding]:
             "driver",
             f"Neuron driver {driver} with Neuron SDK {sdk.name}",
             f"its runtime comes with driver {sdk.driver}, and may not start on an older one",
-            "sudo apt-get install --yes aws-neuronx-dkms && sudo modprobe --remove neuron "
-            "&& sudo modprobe neuron",
+            _with_driver(sdk.driver),
+        )
+    elif of_runtime.newest_driver and numbers(driver)[:2] > numbers(of_runtime.newest_driver):
+        yield Finding(
+            "error",
+            "driver",
+            f"Neuron driver {driver} with Neuron SDK {sdk.name}",
+            f"the runtime {of_runtime.runtime} does not start on a driver after "
+            f"{of_runtime.newest_driver}",
+            _with_driver(of_runtime.newest_driver),
         )
     else:
         yield passed("driver", f"Neuron driver {driver}")
-    status = host.read("var/lib/dpkg/status") or ""
     for package, expected in (
         ("aws-neuronx-runtime-lib", sdk.runtime),
         ("aws-neuronx-collectives", sdk.collectives),
         ("aws-neuronx-tools", sdk.tools),
     ):
-        entry = re.search(
-            rf"^Package: {package}$(?:\n(?!$).*)*?\nVersion: (\S+)", status, re.MULTILINE
-        )
-        name = package.removeprefix("aws-neuronx-")
-        if entry is None:
+        found, name = _from_dpkg(status, package), package.removeprefix("aws-neuronx-")
+        if found is None:
             continue
-        if begins(entry[1], expected):
-            yield passed(name, f"{package} {entry[1]}")
+        if begins(found, expected):
+            yield passed(name, f"{package} {found}")
             continue
         yield Finding(
             "warning",
             name,
-            f"{package} {entry[1]} with Neuron SDK {sdk.name}",
+            f"{package} {found} with Neuron SDK {sdk.name}",
             f"SDK {sdk.name} contains {expected}; another one is not tested with its compiler",
             f"sudo apt-get install --allow-downgrades --yes '{package}={expected}.*'",
         )
+
+
+def _from_dpkg(status: str, package: str) -> str | None:
+    """The version of a package in dpkg's list; None where it is not in it."""
+    entry = re.search(rf"^Package: {package}$(?:\n(?!$).*)*?\nVersion: (\S+)", status, re.MULTILINE)
+    return entry and entry[1]
+
+
+def _of_runtime(version: str | None) -> NeuronSdk | None:
+    """The SDK that contains a version of the runtime; None where no row does."""
+    rows = known_sdks().values()
+    return next((row for row in rows if version and begins(version, row.runtime)), None)
+
+
+def _with_driver(version: str) -> str:
+    """The commands that put a version of the driver in the place of another."""
+    return (
+        f"on the machine itself: sudo apt-get install --allow-downgrades --yes "
+        f"'aws-neuronx-dkms={version}.*' && sudo modprobe --remove neuron && sudo modprobe neuron"
+    )
 
 
 def variables(host: Host, sdk: NeuronSdk) -> Iterator[Finding]:

@@ -174,6 +174,26 @@ def test_doctor_names_packages_of_another_sdk(tmp_path: Path) -> None:
     assert findings(none)["nxd"].fix == "python3 -m pip uninstall neuronx-distributed"
 
 
+@pytest.mark.parametrize(
+    ("release", "changed", "level", "fix"),
+    [
+        ("2.28.0", {"dkms": "2.28.4.0"}, "ok", ""),
+        ("2.28.0", {"dkms": "2.29.16.0"}, "error", "'aws-neuronx-dkms=2.28.*'"),
+        ("2.29.0", {"dkms": "2.31.7.0"}, "error", "'aws-neuronx-dkms=2.28.*'"),
+        ("2.28.0", {"dkms": "2.29.16.0", "runtime-lib": "2.33.10.0"}, "ok", ""),
+        ("2.28.0", {"dkms": "2.25.4.0"}, "error", "'aws-neuronx-dkms=2.26.*'"),
+        ("2.31.0", {"dkms": "2.31.7.0"}, "ok", ""),
+    ],
+)
+def test_a_driver_that_is_too_new_for_the_runtime(
+    tmp_path: Path, release: str, changed: dict[str, str], level: str, fix: str
+) -> None:
+    """From driver 2.29 on nrt_init fails with a runtime before 2.33."""
+    found = findings(machine(tmp_path, release, **changed))["driver"]
+    assert found.level == level
+    assert fix in found.fix
+
+
 def test_doctor_compares_an_unknown_sdk_with_the_nearest(tmp_path: Path) -> None:
     host = machine(tmp_path, "2.33.0", **{"neuronx-cc": "2.30.1"})
     found = [
