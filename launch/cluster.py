@@ -31,10 +31,14 @@ from llamax.launch.script import LITERAL, SHEBANG
 
 OPERATOR = "https://raw.githubusercontent.com/kubeflow/mpi-operator/v0.6.0/deploy/v2beta1/mpi-operator.yaml"
 SMALL = "m5.xlarge"  # of the head node of Slurm, and of the node for Kubernetes' own pods
-AMIS = {  # SSM parameters with the newest image
-    True: "/aws/service/neuron/dlami/multi-framework/ubuntu-24.04/latest/image_id",
-    False: "/aws/service/deeplearning/ami/x86_64/"
-    "base-oss-nvidia-driver-gpu-ubuntu-22.04/latest/ami-id",
+GPU_AMI = (  # the SSM parameter with the newest image
+    "/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-ubuntu-22.04/latest/ami-id"
+)
+# Names of images with the framework; each description has the SDK.  The newest of them all has no
+# torch-xla: that ended with SDK 2.31.
+NEURON_AMIS = {
+    "xla": "Deep Learning AMI Neuron PyTorch 2.9 (Ubuntu 24.04)*",
+    "neuron": "Deep Learning AMI Neuron torch-neuronx*",
 }
 TOOLS = {"k8s": "eksctl", "slurm": "pcluster", "torchrun": "aws", "sagemaker": "aws"}
 
@@ -244,9 +248,7 @@ if [[ $id ]]; then
     echo "$id of this job exists already; --action status shows it, --action clean deletes it" >&2
     exit 2
 fi
-image=$(aws ssm get-parameter --name {AMIS[job.machine.neuron]} \\
-    --query Parameter.Value --output text)
-vpc=$(aws ec2 describe-subnets --subnet-ids {cluster.subnet} \\
+{_find_image(job)}vpc=$(aws ec2 describe-subnets --subnet-ids {cluster.subnet} \\
     --query 'Subnets[0].VpcId' --output text)
 group=$(aws ec2 describe-security-groups --output text --query 'SecurityGroups[0].GroupId' \\
     --filters Name=tag:llamax,Values={name} Name=vpc-id,Values="$vpc")
@@ -267,6 +269,25 @@ host=$(aws ec2 describe-instances --instance-ids "$id" --output text \\
     --query 'Reservations[0].Instances[0].PublicDnsName')
 echo "$id runs; TensorBoard and notebooks through the tunnel:"
 echo "ssh -L 6006:127.0.0.1:6006 -L 8888:127.0.0.1:8888 ubuntu@$host"
+"""
+
+
+def _find_image(job: JobFile) -> str:
+    """Lines that set ``image``: the newest with GPU drivers, or the one with the job's SDK."""
+    if not job.machine.neuron:
+        return f"""image=$(aws ssm get-parameter --name {GPU_AMI} \\
+    --query Parameter.Value --output text)
+"""
+    sdk = job.sdk.sdk.name
+    named = f"Name=name,Values={NEURON_AMIS[job.machine.backend]}"
+    return f"""image=$(aws ec2 describe-images --owners amazon --include-deprecated --output json \\
+    --filters {quote(named)} 'Name=description,Values=*Neuron SDK {sdk}.*' \\
+    --query 'sort_by(Images, &CreationDate)[-1].ImageId' | tr -d '"')
+if [[ $image == null ]]; then
+    echo "AWS has no AMI with Neuron SDK {sdk} for {job.machine.name} in {job.cluster.region}; set \
+neuron_sdk to another one that trains there" >&2
+    exit 2
+fi
 """
 
 

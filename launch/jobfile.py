@@ -189,7 +189,7 @@ class Cluster:
     """Slurm and torchrun: EC2 key pair for ssh."""
     ssh_from: str = ""
     """Slurm and torchrun: addresses that may use ssh, such as 203.0.113.7/32."""
-    disk_gib: Count = 500
+    disk_gib: Count = 512
     """Disk of a node [GiB]."""
     storage_gib: Count = 1200
     """Size of the FSx for Lustre file system [GiB]."""

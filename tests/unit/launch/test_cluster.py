@@ -33,6 +33,7 @@ case "$*" in
 *vpcId* | *VpcId*) echo vpc-1 ;;
 *describe-subnets*) echo subnet-9 ;;
 *get-parameter*) echo ami-1 ;;
+*describe-images*) echo "${{IMAGE-\"ami-2\"}}" ;;
 *describe-security-groups*) echo "${{GROUP-None}}" ;;
 *create-security-group*) echo sg-2 ;;
 *run-instances*) echo i-1 ;;
@@ -127,6 +128,36 @@ def test_an_instance_opens_ssh_to_its_owner_alone(tmp_path: Path) -> None:
     done = run(clean, tmp_path, FOUND="", GROUP="")
     assert (done.returncode, done.stdout) == (0, "EC2 has no instance llama2-7b in us-west-2\n")
     assert len(asked(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "named", "described", "image"),
+    [
+        ({}, "Neuron PyTorch 2.9 (Ubuntu 24.04)*", "*Neuron SDK 2.28.*", "ami-2"),
+        ({"neuron_sdk": "2.29.1"}, "Neuron PyTorch 2.9 (", "*Neuron SDK 2.29.*", "ami-2"),
+        ({"instance": "trn2.48xlarge"}, "Neuron torch-neuronx*", "*Neuron SDK 2.33.*", "ami-2"),
+        ({"instance": "p5.48xlarge"}, "", "", "ami-1"),
+    ],
+)
+def test_an_instance_has_the_image_of_the_sdk(
+    tmp_path: Path, changes: dict[str, str], named: str, described: str, image: str
+) -> None:
+    """The newest image for Neuron has no torch-xla: AWS ended it with SDK 2.31."""
+    this = job(**changes)
+    done = run(render(this, "torchrun", "cluster"), tmp_path, FOUND="", QUOTA="999")
+    assert done.returncode == 0, done.stderr
+    commands = asked(tmp_path)
+    assert any(f"run-instances --image-id {image} " in line for line in commands)
+    found = [line for line in commands if "describe-images" in line]
+    assert len(found) == bool(named)
+    assert all(named in line and described in line for line in found)
+    if named:
+        none = run(
+            render(this, "torchrun", "cluster"), tmp_path, FOUND="", IMAGE="null", QUOTA="999"
+        )
+        assert none.returncode == 2
+        assert "AWS has no AMI with Neuron SDK" in none.stderr
+        assert not any("run-instances" in line for line in asked(tmp_path))
 
 
 def test_a_second_start_makes_no_second_instance(tmp_path: Path) -> None:
