@@ -44,6 +44,7 @@ NOT_APPLIED: dict[str, tuple[object, ...]] = {
     "num_beams": (None, 1),
     "suppress_tokens": (None, []),
 }
+SEEDS = 2**62  # the number of seeds
 LEAST_TEMPERATURE = 1e-30  # float32 divides by what is much less as by zero
 FIRST_LOOK = 64  # most likely tokens that top_p looks at first
 
@@ -71,7 +72,7 @@ class Sampling:
             ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more"),
             ("top_k", self.top_k, self.top_k >= 0, "0 (all) or more"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "a number above 0, at most 1"),
-            ("seed", self.seed, 0 <= self.seed < 2**62, "0 or more, below 2^62"),
+            ("seed", self.seed, 0 <= self.seed < SEEDS, "0 or more, below 2^62"),
         ):
             if not holds:
                 raise ConfigError(f"`{name}={value}` is out of range; use {use}")

@@ -13,7 +13,7 @@ import openai
 import pytest
 import torch
 import transformers
-from support.served import Server
+from support.served import Server, served
 from support.served_models import ADAPTERS, client_of, make_served, metric, post, serving
 
 import llamax
@@ -157,6 +157,50 @@ def test_logprobs_are_those_of_transformers(client: openai.OpenAI, folder: Path)
     assert logprobs.token_logprobs == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_request_without_a_length_gets_what_the_server_has_room_for(
+    server: Server, folder: Path
+) -> None:
+    """The interfaces' own lengths, 16 and 100 tokens, are no wish of the client."""
+    long = "x " * 60  # 122 of 128 tokens with BOS
+    status, content = post(
+        server, "/v1/completions", json.dumps({"prompt": long, "temperature": 0}).encode()
+    )
+    assert status == 200, content
+    assert json.loads(content)["usage"]["total_tokens"] == 128
+    body = {"inputs": long, "parameters": {"details": True}}
+    status, content = post(server, "/generate", json.dumps(body).encode())
+    assert status == 200, content
+    assert json.loads(content)["details"]["generated_tokens"] == 128 - 122
+    with served(folder / "hub", "--max-new-tokens=3") as limited:
+        for path, body in (
+            ("/v1/completions", {"prompt": "x", "temperature": 0}),
+            ("/generate", {"inputs": "x"}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
+        ):
+            status, content = post(limited, path, json.dumps(body).encode())
+            assert status == 200, content
+
+
+def test_top_logprobs_hold_the_drawn_token_and_the_most_likely_of_equal_texts(
+    client: openai.OpenAI,
+) -> None:
+    """Halves of characters have one text, U+FFFD."""
+    wish: dict[str, Any] = {"model": "hub", "prompt": "x", "max_tokens": 40, "seed": 1}
+    for top, temperature in ((0, 1.0), (2, 2.0), (5, 2.0)):
+        choice = client.completions.create(logprobs=top, temperature=temperature, **wish).choices[0]
+        found = choice.logprobs
+        assert found is not None
+        rows = zip(
+            found.tokens or (), found.token_logprobs or (), found.top_logprobs or (), strict=True
+        )
+        for number, (token, logprob, best) in enumerate(rows):
+            assert token in best, number
+            assert best[token] >= logprob
+            assert list(best.values()) == sorted(best.values(), reverse=True)
+            assert 1 <= len(best) <= top + 1
+    assert any("\ufffd" in best for best in found.top_logprobs or ())
+
+
 def test_tokens_join_to_the_text_and_their_offsets_go_on_in_a_stream(
     client: openai.OpenAI, answers: Any
 ) -> None:
@@ -207,6 +251,7 @@ def test_a_model_is_found_by_its_name(client: openai.OpenAI) -> None:
     assert set(listed) == {"hub", *ADAPTERS}
     for name, model in listed.items():
         assert client.models.retrieve(name) == model
+    assert client.models.retrieve("tgi").id == "hub"
     with pytest.raises(openai.NotFoundError, match="use hub or poet or judge"):
         client.models.retrieve("gpt")
 

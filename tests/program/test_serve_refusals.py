@@ -93,6 +93,16 @@ def client(server: Server) -> openai.OpenAI:
             400,
             "messages.0.: tool_calls is not supported",
         ),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]},
+            400,
+            "a part that is no text",
+        ),
+        ("/v1/completions", {"model": None, "prompt": None}, 200, ""),
+        ("/v1/completions", {"prompt": "x", "max_tokens": 1, "seed": -(2**63)}, 200, ""),
+        ("/generate", {"inputs": "x", "parameters": {"seed": 2**64 - 1}}, 200, ""),
+        ("/generate", {"inputs": "x", "parameters": {"top_n_tokens": 2}}, 400, "^top_n_tokens is"),
         ("/generate", {"inputs": ""}, 200, ""),
         ("/generate", {"inputs": "x", "parameters": {"max_new_tokens": 0}}, 400, "max_new_tok"),
         ("/generate", {"inputs": "\ud800"}, 400, "half of a surrogate pair"),
@@ -110,6 +120,20 @@ def test_a_request_that_is_wrong_gets_one_line(
         text = error["message"] if path.startswith("/v") else error
         assert re.search(message, text)
         assert "\n" not in text
+
+
+def test_a_refusal_names_the_field_as_its_param(client: openai.OpenAI) -> None:
+    for field in ("logit_bias", "max_token", "best_of", "temperature"):
+        with pytest.raises(openai.BadRequestError) as refusal:
+            client.completions.create(model="hub", prompt="x", extra_body={field: [2]})
+        assert refusal.value.param == field
+
+
+def test_a_wrong_method_is_told_the_right_one(server: Server) -> None:
+    with openai.DefaultHttpxClient() as http:
+        for method in ("GET", "OPTIONS", "HEAD"):
+            reply = http.request(method, f"{server.url}/v1/completions")
+            assert (reply.status_code, reply.headers["allow"]) == (405, "POST")
 
 
 @pytest.mark.parametrize(

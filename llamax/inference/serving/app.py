@@ -112,7 +112,10 @@ def build_app(service: Service, max_body: int, keys: tuple[str, ...] = ()) -> AS
     async def missing(request: HttpRequest, error: Exception) -> Response:
         status = getattr(error, "status_code", 404)
         words = {404: "is not served", 405: f"takes no {request.method}"}
-        return _error(HttpError(status, f"{request.url.path} {words.get(status, 'fails')}"), "/v1")
+        refusal = HttpError(status, f"{request.url.path} {words.get(status, 'fails')}")
+        response = _error(refusal, "/v1")
+        response.headers.update(getattr(error, "headers", None) or {})  # Allow
+        return response
 
     app = Starlette(
         routes=[
@@ -135,7 +138,7 @@ def build_app(service: Service, max_body: int, keys: tuple[str, ...] = ()) -> AS
 
 
 def _authorize(request: HttpRequest, keys: tuple[str, ...]) -> None:
-    given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+    given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
     # All keys are compared, so the time tells nothing about them.
     if keys and not sum(hmac.compare_digest(given, key.encode()) for key in keys):
         raise HttpError(401, "the key is missing or wrong; send Authorization: Bearer KEY")

@@ -48,7 +48,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 
 
-class BodyError(ValueError):
+class BodyError(Exception):
     """A body that is refused; ``field`` is the name of the field concerned, or empty."""
 
     def __init__(self, message: str, field: str = "") -> None:
@@ -67,14 +67,14 @@ class Body(BaseModel):
             if name in IGNORED or value is None or value in NEUTRAL.get(name, ()):
                 continue
             known = "is not supported" if name in NEUTRAL else "is not a field of this request"
-            raise ValueError(f"{name} {known}; leave it out")
+            raise BodyError(f"{name} {known}; leave it out", name)
         return self
 
 
 class Settings(Body):
     """The settings of OpenAI's requests."""
 
-    model: str = ""
+    model: str | None = None
     max_tokens: Count | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -99,7 +99,7 @@ class ChatBody(Settings):
 class CompletionBody(Settings):
     """``/v1/completions``."""
 
-    prompt: str | Ids | Prompts = ""
+    prompt: str | Ids | Prompts | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
 
@@ -141,8 +141,7 @@ def parse(kind: type[Body], body: object) -> Any:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = _field(first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise BodyError(f"{field}: {message}" if field else message, field) from None
+        raise BodyError(f"{field}: {first['msg']}", field) from None
 
 
 def _field(location: Sequence[str | int]) -> str:

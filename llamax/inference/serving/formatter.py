@@ -82,9 +82,10 @@ def _turn(number: int, message: Mapping[str, Any], roles: Collection[str]) -> di
         raise DataError(f"messages[{number}] has an unknown role; give user, assistant or system")
     if isinstance(content, list):
         for part in content:
-            if not (isinstance(part, Mapping) and part.get("type") == "text"):
+            is_text = isinstance(part, Mapping) and part.get("type") == "text"
+            if not (is_text and isinstance(part.get("text"), str)):
                 raise DataError(f"messages[{number}] has a part that is no text; send texts alone")
-        content = "".join(str(part.get("text", "")) for part in content)
+        content = "".join(part["text"] for part in content)
     known = ("role", "content", "name")
     if strange := [key for key, value in message.items() if key not in known and value]:
         raise DataError(f"messages[{number}]: {strange[0]} is not supported; leave it out")

@@ -7,6 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -40,13 +41,14 @@ def models(service: Service) -> dict[str, Any]:
 
 def model(service: Service, name: str) -> dict[str, Any]:
     """A model of the server.  Raises UnknownModel."""
+    adapter = service.model(name).adapter
     return {
-        "id": name,
+        "id": adapter or service.name,
         "object": "model",
         "created": 0,
         "owned_by": "llamax",
         "max_model_len": service.scheduler.length,
-        **({"parent": service.name} if service.model(name).adapter else {}),
+        **({"parent": service.name} if adapter else {}),
     }
 
 
@@ -55,7 +57,7 @@ async def chat(service: Service, body: ChatBody) -> Reply:
     served = service.model(body.model)
     service.check_room(body.n or 1)
     prompt = served.formatter.conversation(body.messages)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise BodyError("top_logprobs needs logprobs=true", "top_logprobs")
     top = (body.top_logprobs or 0) if body.logprobs else None
     length = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
@@ -74,15 +76,15 @@ async def complete(service: Service, body: CompletionBody) -> Reply:
         else served.formatter.text(each)
         for each in given
     ]
-    length = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    answers = service.answers(served, prompts, wish_of(body, length, body.logprobs))
+    wish = wish_of(body, body.max_tokens, body.logprobs)
+    answers = service.answers(served, prompts, replace(wish, usual_new_tokens=COMPLETION_TOKENS))
     writer = TextWriter(served, body.model or service.name, body.logprobs is not None)
     return await reply(writer, body, prompts, answers)
 
 
 def _prompts(body: CompletionBody) -> Sequence[str | list[int]]:
     """The prompts of a body, each a text or ids."""
-    prompt: Any = body.prompt
+    prompt: Any = body.prompt or ""
     if isinstance(prompt, str) or isinstance(prompt[0], int):
         return [prompt]
     return list(prompt)
@@ -93,14 +95,14 @@ def wish_of(body: Settings, length: int | None, top: int | None) -> Wish:
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     return Wish(
         length,
-        body.temperature,
-        body.top_k if body.top_k != -1 else 0,  # vLLM's "all"
-        body.top_p,
-        body.seed,
-        [stop for stop in stops if stop],
-        body.stop_token_ids or (),
-        top,
-        body.n or 1,
+        temperature=body.temperature,
+        top_k=body.top_k if body.top_k != -1 else 0,  # vLLM's "all"
+        top_p=body.top_p,
+        seed=body.seed,
+        stops=[stop for stop in stops if stop],
+        stop_ids=body.stop_token_ids or (),
+        top=top,
+        answers=body.n or 1,
     )
 
 
@@ -204,11 +206,16 @@ class TextWriter(Writer):
         return {
             "tokens": tokens,
             "token_logprobs": [each.logprob for each in drawn],
-            "top_logprobs": [
-                {token_text(token): logprob for token, logprob in each.top} for each in drawn
-            ],
+            "top_logprobs": [self._most_likely(each) for each in drawn],
             "text_offset": offsets,
         }
+
+    def _most_likely(self, drawn: Drawn) -> dict[str, float]:
+        """Log-probabilities by text, the drawn token among them; of one text the most likely."""
+        found: dict[str, float] = {}
+        for token, logprob in (*drawn.top, (drawn.token, drawn.logprob)):
+            found.setdefault(self.served.token_text(token), logprob)
+        return found
 
 
 async def reply(

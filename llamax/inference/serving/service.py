@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from llamax.inference.engine import LoadedModel, split_stops
-from llamax.inference.sampling import sampling_of
+from llamax.inference.sampling import SEEDS, sampling_of
 from llamax.inference.serving.formatter import Formatter, PromptIds
 from llamax.inference.serving.scheduler import Failed, Request, Scheduler, Step
 from llamax.runtime.errors import ConfigError, LlamaxError
@@ -48,10 +48,13 @@ class Wish:
     """How a request wants its answers; what is None is the model's or the server's."""
 
     max_new_tokens: int | None = None
+    usual_new_tokens: int | None = None
+    """Largest number of new tokens of the interface, where a request sets none."""
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
     seed: int | None = None
+    """Any whole number, as OpenAI and TGI have it; those that differ by SEEDS are one."""
     stops: Sequence[str] = ()
     stop_ids: Sequence[int] = ()
     top: int | None = None
@@ -111,7 +114,7 @@ class Service:
 
     def model(self, name: str | None) -> Served:
         """The model of a name.  Raises UnknownModel."""
-        if not name or name in ANY_MODEL:
+        if not name or (name in ANY_MODEL and name not in self.models):
             return self.models[self.name]
         if name not in self.models:
             raise UnknownModel(f"there is no model {name!r:.60}; use {' or '.join(self.models)}")
@@ -135,14 +138,14 @@ class Service:
         seed = secrets.randbits(32) if wish.seed is None else wish.seed
         answers = Answers()
         for prompt in prompts:
-            length = self._new_tokens(served, prompt, wish.max_new_tokens)
+            length = self._new_tokens(served, prompt, wish)
             for _ in range(wish.answers):
                 number = len(answers.requests)
                 request = Request(
                     prompt.ids,
                     tokenizer.decode,
                     partial(answers.put, number),
-                    replace(served.sampling, **given, seed=seed + number),
+                    replace(served.sampling, **given, seed=(seed + number) % SEEDS),
                     length,
                     texts,
                     {*prompt.stop_ids, *named, *wish.stop_ids},
@@ -154,7 +157,7 @@ class Service:
         self.scheduler.submit(answers.requests)
         return answers
 
-    def _new_tokens(self, served: Served, prompt: PromptIds, wished: int | None) -> int:
+    def _new_tokens(self, served: Served, prompt: PromptIds, wish: Wish) -> int:
         """The largest number of new tokens; raises ConfigError for a prompt or wish too long."""
         size = served.loaded.model.vocab_size
         if strange := [i for i in prompt.ids if not 0 <= i < size]:
@@ -168,12 +171,13 @@ class Service:
                 f"the prompt has {count(len(prompt.ids), 'token')}, and the server takes {length} "
                 "with the answer; send a shorter one"
             )
+        most, wished = min(free, limit), wish.max_new_tokens
         if wished is None:
-            return min(free, limit)
-        if wished > min(free, limit):
+            return min(most, wish.usual_new_tokens or most)
+        if wished > most:
             raise ConfigError(
                 f"{wished} new tokens are too many for this prompt of "
                 f"{count(len(prompt.ids), 'token')}: the server takes {length} together and makes "
-                f"{limit}; ask for at most {min(free, limit)}"
+                f"{limit}; ask for at most {most}"
             )
         return wished

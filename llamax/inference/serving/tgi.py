@@ -86,7 +86,8 @@ def _wish(settings: Parameters, stream: bool) -> Wish:
     samples = settings.do_sample or any(value is not None for value in drawn)
     stops = [*(settings.stop or ()), *(settings.stop_sequences or ())]
     return Wish(
-        settings.max_new_tokens or NEW_TOKENS,
+        settings.max_new_tokens,
+        NEW_TOKENS,
         settings.temperature if samples else 0.0,
         settings.top_k,
         settings.top_p,
@@ -100,7 +101,7 @@ def _token(served: Served, step: Step) -> dict[str, Any]:
     token = step.drawn.token
     return {
         "id": token,
-        "text": step.text if step.ended != "eos" else served.token_text(token),
+        "text": step.text + (served.token_text(token) if step.ended == "eos" else ""),
         "logprob": step.drawn.logprob,
         "special": token in served.special,
     }
