@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -56,7 +56,14 @@ def check_number(name: str, value: Any) -> float:
     return float(value)
 
 
-def check_stops(stop: Sequence[str]) -> None:
-    """Raise ConfigError for an empty stop text."""
+def check_stops(stop: Sequence[str], stop_ids: Sequence[int] = ()) -> None:
+    """Raise ConfigError for an empty stop text, and for stops that are no texts or no ids."""
+    is_list = isinstance(stop, Iterable) and not isinstance(stop, str)
+    if not is_list or not all(isinstance(text, str) for text in stop):
+        raise ConfigError(f"`stop={stop!r:.40}` is no list of texts; give the texts to stop at")
     if "" in stop:
         raise ConfigError("`stop` is empty; give the text to stop at")
+    if not isinstance(stop_ids, Iterable):
+        raise ConfigError(f"`stop_ids={stop_ids!r:.40}` is no list; give the tokens to stop at")
+    for number in stop_ids:
+        check_whole("stop_ids", number)

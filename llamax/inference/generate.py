@@ -113,7 +113,7 @@ class GenerationSettings:
         for name, value in (("length", self.length), ("limit", self.limit)):
             if value < 0:
                 raise ConfigError(f"`{name}={value}` is out of range; use 0 or more")
-        check_stops(self.stop)
+        check_stops(self.stop, self.stop_ids)
         check_fields(self.fields)
         self.sampling()
 

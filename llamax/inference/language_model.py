@@ -32,7 +32,7 @@ from llamax.inference.engine import (
     open_model,
 )
 from llamax.inference.generate import GenerationSettings, Opened, ask, silent
-from llamax.inference.prompts import read_prompts
+from llamax.inference.prompts import check_encodable, read_prompts
 from llamax.model.llama import Llama
 from llamax.parallel.collectives import Solo
 from llamax.parallel.rendezvous import Rendezvous
@@ -161,6 +161,7 @@ class LanguageModel:
         Raises DataError for ids that are not of the vocabulary.
         """
         if isinstance(text, str):
+            check_encodable(text)
             begin = begin_id(self._loaded, None)
             text = [*([] if begin is None else [begin]), *self.tokenizer.encode(text)]
         if not isinstance(text, Sequence | Tensor | np.ndarray):
@@ -301,7 +302,9 @@ def _row(item: str | Mapping[str, Any] | Messages) -> str | Row:
     if isinstance(item, Mapping):
         return dict(item)
     if isinstance(item, Iterable):
-        return {"messages": [dict(message) for message in item]}
+        messages = list(item)
+        if all(isinstance(message, Mapping) for message in messages):
+            return {"messages": [dict(message) for message in messages]}
     raise ConfigError(
         f"prompt {item!r:.40} is neither a text, a list of messages nor a row; give one of these"
     )

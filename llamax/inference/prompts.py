@@ -96,7 +96,7 @@ class PromptFormat:
                 found = make_sample(found.instruction, self.context, system=found.system)
             spans = self._template.prompt(found)
             text = "".join(span.text for span in spans)
-            _encodable(text)
+            check_encodable(text)
         except DataError as error:
             raise DataError(f"{place}: {error}") from None
         (tokens,) = self._encoder.encode([spans], prompts=True)
@@ -131,7 +131,7 @@ class PromptFormat:
                 f'{json.dumps(row)[:60]} is not {{"prompt": "text"}}; correct that line, or '
                 "use `template` for rows of questions"
             )
-        _encodable(prompt)
+        check_encodable(prompt)
         bos = [] if self.bos_id is None else [self.bos_id]
         return Prompt(prompt, [*bos, *self.tokenizer.encode(prompt)], row)
 
@@ -153,11 +153,14 @@ def question_of(messages: object) -> dict[str, str] | None:
     return found
 
 
-def _encodable(text: str) -> None:
+def check_encodable(text: str) -> None:
+    """Raise DataError for a text that holds half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise DataError(f"{ascii(text)[:60]} is not UTF-8; retype it") from None
+        raise DataError(
+            f"{ascii(text)[:60]} holds half of a surrogate pair and is not UTF-8; retype it"
+        ) from None
 
 
 def read_prompts(

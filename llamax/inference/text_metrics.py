@@ -17,8 +17,8 @@ WORDS = re.compile(r"\w+")
 def exact_match(answer: str, reference: str, extract: re.Pattern[str] | None = None) -> bool:
     """Whether two texts are equal but for white space around them.
 
-    With ``extract`` only its last match is compared, or the first group of that match if it has
-    one; an answer without a match is wrong.
+    With ``extract`` only its last match is compared, or the first group that took part in it if
+    there is one; an answer without a match is wrong.
     """
     if extract is None:
         return answer.strip() == reference.strip()
@@ -27,8 +27,11 @@ def exact_match(answer: str, reference: str, extract: re.Pattern[str] | None = N
 
 
 def _last(extract: re.Pattern[str], text: str) -> str | None:
-    matches = list(extract.finditer(text))
-    return matches[-1][1 if extract.groups else 0].strip() if matches else None
+    found = None
+    for match in extract.finditer(text):
+        groups = (group for group in match.groups() if group is not None)
+        found = next(groups, match[0]).strip()
+    return found
 
 
 def rouge_l(answer: str, reference: str) -> float:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from llamax.data.chat.encode import Encoder
 from llamax.data.chat.templates import Span
 from llamax.inference.engine import LoadedModel, begin_id, chat_template
-from llamax.inference.prompts import PromptFormat, question_of
+from llamax.inference.prompts import PromptFormat, check_encodable, question_of
 from llamax.runtime.errors import ConfigError, DataError
 
 ROLES = {"developer": "system"}  # OpenAI's newer name
@@ -46,7 +46,7 @@ class Formatter:
             if self._begin is None:
                 raise DataError("the prompt is empty, and the model has no BOS token to begin with")
             return PromptIds([self._begin], self._ends)
-        _encodable(text)
+        check_encodable(text)
         (tokens,) = self._encoder.encode([[Span(text, False)]], prompts=True)
         return PromptIds([int(i) for i in tokens.ids], self._ends)
 
@@ -91,7 +91,7 @@ def _turn(number: int, message: Mapping[str, Any], roles: Collection[str]) -> di
         raise DataError(f"messages[{number}]: {strange[0]} is not supported; leave it out")
     if not isinstance(content, str):
         raise DataError(f"messages[{number}] has no text as its content; give one")
-    _encodable(content)
+    check_encodable(content)
     return {"role": ROLES.get(role, role), "content": content}
 
 
@@ -103,10 +103,3 @@ def _question(turns: Sequence[Mapping[str, str]]) -> dict[str, str]:
             "the user, and at most one of the system before it"
         )
     return row
-
-
-def _encodable(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise DataError("a text holds half of a surrogate pair, which is not Unicode") from None

@@ -43,3 +43,10 @@ def test_exact_match() -> None:
     assert not exact_match("72", "#### 72", number)
     assert not exact_match("72", "no number", number)
     assert exact_match("x 7", "y 7", re.compile(r"\d"))
+
+
+def test_of_alternatives_the_group_that_took_part_is_compared() -> None:
+    extract = re.compile(r"#### (.*)|answer is (\w+)")
+    assert exact_match("so the answer is 7", "#### 7", extract)
+    assert not exact_match("so the answer is 8", "#### 7", extract)
+    assert exact_match("x=", "x=", re.compile(r"x=(\d+)?"))
