@@ -31,9 +31,8 @@ def again(function: Callable[..., Result], *tensors: Tensor) -> Result:
     """``function(*tensors)`` that keeps only ``tensors`` and runs again in backward."""
     if tensors[0].device.type == "xla":
         return cast(Result, xla.recomputed(function, *tensors))
-    result = torch.utils.checkpoint.checkpoint(
-        function, *tensors, use_reentrant=False, preserve_rng_state=False
-    )
+    # torch's random state is that of before, too: modules of a program's own may draw.
+    result = torch.utils.checkpoint.checkpoint(function, *tensors, use_reentrant=False)
     return cast(Result, result)
 
 

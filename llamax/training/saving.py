@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from llamax.backends.random_state import random_state
 from llamax.checkpoint.places import STARTED_IN
 from llamax.config.load import dump_config
 from llamax.data.chat.record import PROMPT
@@ -52,7 +51,7 @@ def save(job: Job, step: Step, consumed: int, row: Mapping[str, Any]) -> None:
             },
             model=job.config.model.to_hub(job.config.run.dtype),
             config_text=dump_config(job.config),
-            rng=torch.get_rng_state(),
+            rng=random_state(job.backend.device),
             score=result.validation_loss,
         )
     if job.main:

@@ -12,6 +12,7 @@ import torch
 
 from llamax.backends import choose
 from llamax.backends.base import Backend
+from llamax.backends.random_state import set_random_state
 from llamax.checkpoint.atomic import write_durable
 from llamax.checkpoint.build_model import build_model, describe_finetune
 from llamax.checkpoint.load import Whole, check_shapes, load_owned
@@ -148,7 +149,7 @@ def prepare(
     if resumed is not None:
         with reported(f"loading {resumed.folder}", show=main):
             _load(resumed, state, parameters, backend)
-        _restore_random(resumed, axes)
+        _restore_random(resumed, axes, backend.device)
         step, consumed = resumed.step, int(resumed.state["consumed_sequences"])
         logger.info("resuming from %s, after step %d", resumed.folder, step)
     elif config.checkpoint.resume != "never":
@@ -222,7 +223,7 @@ def _load(
         state.spikes.load(resumed.state)
 
 
-def _restore_random(resumed: Checkpoint, axes: Axes) -> None:
+def _restore_random(resumed: Checkpoint, axes: Axes, device: torch.device) -> None:
     """Set torch's random state to that of this rank in a checkpoint, if it holds one.
 
     Raises CheckpointError for one that this torch cannot read.
@@ -231,7 +232,7 @@ def _restore_random(resumed: Checkpoint, axes: Axes) -> None:
     if rng is None:
         return
     try:
-        torch.set_rng_state(rng)
+        set_random_state(rng, device)
     except (RuntimeError, TypeError):
         raise CheckpointError(
             f"{resumed.folder} holds a random state that torch {torch.__version__} cannot read; "

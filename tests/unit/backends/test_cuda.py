@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llamax.backends import torch_distributed
 from llamax.backends.cuda import Cuda
+from llamax.backends.random_state import random_state, set_random_state
 from llamax.backends.transfer import sent
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
@@ -269,3 +270,21 @@ def test_what_a_step_sends_to_a_gpu_is_pinned(monkeypatch: pytest.MonkeyPatch) -
     sent(torch.zeros(2), "cpu")
     sent(torch.zeros(2, device="meta"), "cuda")
     assert done == ["pinned", ("cuda", True), ("cpu", True), ("cuda", True)]
+
+
+def test_the_random_state_of_a_gpu_is_saved_behind_the_hosts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu, host = torch.device("cuda", 0), torch.get_rng_state()
+    seed_and_offset, taken = torch.arange(16, dtype=torch.uint8), list[list[int]]()
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: seed_and_offset)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, _: taken.append(state.tolist()))
+    saved = random_state(gpu)
+    assert random_state(torch.device("cpu")).equal(host)
+    for state, device in ((saved, "cpu"), (saved, "cuda:0"), (host, "cuda:0")):
+        torch.manual_seed(5)
+        set_random_state(state, torch.device(device))
+        assert torch.get_rng_state().equal(host), device
+    assert taken == [[*range(16)]], "no GPU, a GPU, a GPU without a state"
+    with pytest.raises(TypeError):
+        set_random_state(saved[:-1], gpu)
