@@ -45,6 +45,22 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "decoder_input_details": (False,),
     "top_n_tokens": (0,),
     "ignore_eos": (False,),
+    "min_tokens": (0,),
+    "length_penalty": (1,),
+    "use_beam_search": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "add_special_tokens": (True,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+}
+# What to send in fields of several forms, where pydantic would name the first form alone.
+FORMS = {
+    "prompt": "send a text or a list of texts, or ids or a list of them; no list may be empty",
+    "stop": "send a text or up to 16, of at most 1000 characters each",
 }
 
 
@@ -141,7 +157,7 @@ def parse(kind: type[Body], body: object) -> Any:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = _field(first["loc"])
-        raise BodyError(f"{field}: {first['msg']}", field) from None
+        raise BodyError(f"{field}: {FORMS.get(field, first['msg'])}", field) from None
 
 
 def _field(location: Sequence[str | int]) -> str:
