@@ -6,7 +6,8 @@ import asyncio
 import hmac
 import json
 from collections.abc import Awaitable, Callable
-from typing import Any
+from contextlib import suppress
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect
@@ -33,7 +34,7 @@ from llamax.runtime.logging import logger
 BODY_S = 30.0  # a client has so long to send a body
 BODIES = 64  # bodies of the largest size that may arrive at once
 
-Handler = Callable[[HttpRequest], Awaitable[Response]]
+T = TypeVar("T")
 
 
 class HttpError(Exception):
@@ -179,17 +180,22 @@ async def _body(request: HttpRequest, arriving: Arriving) -> dict[str, Any]:
 
 
 async def _respond(request: HttpRequest, answer: Awaitable[Reply], path: str) -> Response:
-    """The response with an answer; nothing more is computed if the client goes away."""
-    task, gone = asyncio.ensure_future(answer), asyncio.ensure_future(_gone(request.receive))
+    """The response with an answer."""
+    reply = await _unless_gone(answer, request.receive)
+    return EventStream(reply, path) if isinstance(reply, Stream) else JSONResponse(reply)
+
+
+async def _unless_gone(work: Awaitable[T], receive: Receive) -> T:
+    """The result of some work, or ClientDisconnect; the work ends when the client goes away."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientDisconnect
-        reply = task.result()
+        return task.result()
     finally:
         task.cancel()
         gone.cancel()
-    return EventStream(reply, path) if isinstance(reply, Stream) else JSONResponse(reply)
 
 
 async def _gone(receive: Receive) -> None:
@@ -209,13 +215,10 @@ class EventStream(Response):
         self.stream, self.path = stream, path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.ensure_future(self._send(send))
-        gone = asyncio.ensure_future(_gone(receive))
         try:
-            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+            with suppress(ClientDisconnect):
+                await _unless_gone(self._send(send), receive)
         finally:
-            sending.cancel()
-            gone.cancel()
             self.stream.answers.cancel()
 
     async def _send(self, send: Send) -> None:
