@@ -10,8 +10,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -41,14 +40,12 @@ class Adapters:
     def __init__(self) -> None:
         self.groups: list[tuple[str, Tensor]] = []
 
-    @contextmanager
-    def rows(self, names: Sequence[str]) -> Iterator[None]:
-        """Use the adapter ``names[i]`` for row i."""
+    def choose(self, names: Sequence[str]) -> None:
+        """Use the adapter ``names[i]`` for row i of the batches that follow."""
         rows: dict[str, list[int]] = defaultdict(list)
         for row, name in enumerate(names):
             rows[name].append(row)
         self.groups = [(name, torch.tensor(rows[name])) for name in rows if name]
-        yield
 
 
 class ServedLinear(nn.Module):

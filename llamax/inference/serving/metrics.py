@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 FIRST_TOKEN_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
@@ -33,10 +35,10 @@ class Metrics:
             registry=registry,
         )
 
-    def load(self, active: int, waiting: int) -> None:
-        """The numbers of requests in progress and waiting."""
-        self._active.set(active)
-        self._waiting.set(waiting)
+    def watch(self, active: Sized, waiting: Sized) -> None:
+        """Show the lengths of these, the requests in progress and waiting, whenever asked."""
+        self._active.set_function(lambda: len(active))
+        self._waiting.set_function(lambda: len(waiting))
 
     def prefilled(self, tokens: int) -> None:
         """Count the tokens of prompts."""

@@ -151,6 +151,7 @@ class Scheduler:
         self._compiles = weight.device.type == "cpu" and (in_bfloat16 or in_int8)
         self._waiting: deque[Request] = deque()
         self._active: list[Request] = []
+        metrics.watch(self._active, self._waiting)
         self._prefilled = 0  # tokens of prompts since the last step
         self._changed = threading.Condition()
         self._stopping = False
@@ -236,7 +237,6 @@ class Scheduler:
         elif self._active:
             self._prefilled = 0
             self._decode(self._active[: len(self._active) - len(waiting)])
-        self.metrics.load(len(self._active), len(self._waiting))
 
     def _prefill(self, waiting: Sequence[Request]) -> None:
         """Compute the first of the prompts that wait, or a piece of a long one."""
@@ -247,10 +247,10 @@ class Scheduler:
         last_B = torch.tensor([len(piece) - 1 for piece in pieces], device=device)
         positions_1S = torch.arange(start, start + width, device=device)[None]
         slots = [self._active.index(request) for request in requests]
-        with self.adapters.rows([request.adapter for request in requests]):
-            ids_BS = torch.tensor(padded, device=device)
-            attend = self.pool.prefill(slots, start)
-            logits_B1V = self.model(ids_BS, positions_1S, attend=attend, last_B=last_B)
+        self.adapters.choose([request.adapter for request in requests])
+        ids_BS = torch.tensor(padded, device=device)
+        attend = self.pool.prefill(slots, start)
+        logits_B1V = self.model(ids_BS, positions_1S, attend=attend, last_B=last_B)
         for request, piece in zip(requests, pieces, strict=True):
             request.filled += len(piece)
             self._prefilled += len(piece)
@@ -292,8 +292,8 @@ class Scheduler:
         positions_B1 = torch.tensor(places, device=device)
         tokens_B1 = torch.tensor([[request.last] for request in computed] + free, device=device)
         width = 1 + max(place for (place,) in places)
-        with self.adapters.rows([request.adapter for request in requests]):
-            logits_B1V = self._one_token(tokens_B1, positions_B1, self.pool, width)
+        self.adapters.choose([request.adapter for request in requests])
+        logits_B1V = self._one_token(tokens_B1, positions_B1, self.pool, width)
         self._deliver(requests, logits_B1V[: len(requests), 0])
 
     def _deliver(self, requests: Sequence[Request], logits_BV: Tensor) -> None:
