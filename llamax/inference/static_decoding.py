@@ -28,8 +28,8 @@ from llamax import ops
 from llamax.backends.base import Device
 from llamax.config.constants import HIDDEN
 from llamax.config.model import ModelConfig
+from llamax.inference.kv_pool import KVPool
 from llamax.inference.sampling import Prompts, Sampling, check_finite, check_prompts
-from llamax.inference.serving.kv_pool import KVPool
 from llamax.model.llama import Llama
 from llamax.parallel import regions
 from llamax.parallel.collectives import Axis

@@ -45,9 +45,9 @@ from llamax.config.schema import (
 )
 from llamax.data.loader import Batch
 from llamax.inference.kv_cache import KVCache
+from llamax.inference.kv_pool import KVPool
 from llamax.inference.one_token import one_token
 from llamax.inference.sampling import Sampling
-from llamax.inference.serving.kv_pool import KVPool
 from llamax.model import quantize
 from llamax.model.llama import DTYPES, Llama
 from llamax.optim import blockwise

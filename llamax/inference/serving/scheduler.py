@@ -26,10 +26,10 @@ from torch import Tensor
 
 from llamax import ops
 from llamax.data.tokenizer.streaming import Detokenizer
+from llamax.inference.kv_pool import KVPool
 from llamax.inference.one_token import one_token
 from llamax.inference.sampling import Sampling
 from llamax.inference.serving.adapters import Adapters
-from llamax.inference.serving.kv_pool import KVPool
 from llamax.inference.serving.metrics import Metrics
 from llamax.model.int8 import NEVER, Int8Linear, integer_rows
 from llamax.model.llama import Llama

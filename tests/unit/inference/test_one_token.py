@@ -12,8 +12,8 @@ from llamax import ops
 from llamax.config.model import ModelConfig, RopeScaling
 from llamax.inference import one_token as module
 from llamax.inference.kv_cache import KVCache
+from llamax.inference.kv_pool import KVPool
 from llamax.inference.one_token import OneToken, one_token
-from llamax.inference.serving.kv_pool import KVPool
 from llamax.model import int8
 from llamax.model.layout import transpose_weights
 from llamax.model.llama import FeedForward, Llama

@@ -11,7 +11,7 @@ from support.models import TIED, tiny
 from llamax.cli.plan import main
 from llamax.config.model import ModelConfig
 from llamax.config.schema import Config, ParallelConfig, RunConfig
-from llamax.inference.serving.kv_pool import KVPool
+from llamax.inference.kv_pool import KVPool
 from llamax.model.llama import Llama
 from llamax.parallel.collectives import Solo
 from llamax.runtime.errors import ConfigError

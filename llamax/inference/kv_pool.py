@@ -1,4 +1,4 @@
-"""The cache of keys and values that all requests share, allocated once.
+"""The cache of keys and values of a server or of compiled programs, allocated once.
 
 ::
 
