@@ -190,7 +190,7 @@ def load_base(
     def keep(name: str, layer: lora.Linear) -> nn.Parameter | Store:
         if quantised:
             return store_weights(name, layer, weights, finetune, codes_like, shard)
-        return SpreadWeight(layer.weight, shard, trained=False) if spread else layer.weight
+        return SpreadWeight(layer.weight, shard) if spread else layer.weight
 
     lora.adapt(model, finetune, like, seed, keep)
     lora.init(model, seed)

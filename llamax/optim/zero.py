@@ -41,7 +41,7 @@ moments and masters lie in host memory, and pass through the device bucket by bu
 Here n is each flat vector padded to a multiple of d; elements whose weight in the norm differs
 within a parameter cost 4 n / d more.  Without ZeRO d is 1 and step 2 leaves all ranks the whole
 sum.  In ZeRO-2 and 3 its first sum happens in backward, and in ZeRO-3 layers gather their weights
-themselves, in place of step 7 (``llamax.optim.reduced_groups``).  Parameters that every tensor rank
+themselves, in place of step 7 (``llamax.optim.gradients``).  Parameters that every tensor rank
 holds are treated as in ZeRO-1.
 
 No Python number that depends on the rank or the step enters a step: one graph serves all.
@@ -56,6 +56,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from llamax.backends import cpu
+from llamax.config.choices import EAGER_BACKENDS
 from llamax.config.constants import (
     GRADIENT_BYTES,
     MASTER_BYTES,
@@ -67,10 +68,10 @@ from llamax.optim import adamw
 from llamax.optim.blockwise import bits_of
 from llamax.optim.buckets import Segment, segments, weight
 from llamax.optim.clip import clip_factor, is_finite, sum_of_squares
-from llamax.optim.groups import Bucket, FlatBucket, Group, Key, Owned, split_like
-from llamax.optim.lazy import LazyGroup, lazy_group
-from llamax.optim.reduced_groups import ReducedGroup, SpreadGroup
+from llamax.optim.groups import Group, Key, Owned
+from llamax.optim.layouts import kept, replaced, split_like
 from llamax.optim.replicas import ReplicaCheck
+from llamax.optim.state import Bucket
 from llamax.parallel.collectives import Axes
 from llamax.parallel.reductions import Reductions
 from llamax.parallel.sharding import Replica, ShardedParameters
@@ -121,26 +122,22 @@ class Zero:
                 f"requires_grad of some before Zero is made{fewer}"
             )
         self._reductions = Reductions()
-        self.groups: list[Group | LazyGroup] = []
+        self.groups = [
+            Group(
+                key,
+                named,
+                self._counted(key, named, parameters),
+                axes,
+                self.shard,
+                bucket_bytes,
+                self._reductions,
+                parameters.layers[key.alone] if key.zero == 3 else None,
+            )
+            for key, named in members.items()
+        ]
         sums: dict[str, GradientSum] = {}
-        for key, named in members.items():
-            counted = self._counted(key, named, parameters)
-            if key.zero == 3:
-                (weight_of,) = named.values()
-                layer = parameters.layers[key.alone]
-                self.groups.append(
-                    SpreadGroup(key, key.alone, weight_of, layer, counted, axes, self._reductions)
-                )
-            elif key.zero == 2:
-                self.groups.append(
-                    ReducedGroup(
-                        key, named, counted, axes, self.shard, bucket_bytes, self._reductions
-                    )
-                )
-            else:
-                group = Group(key, named, counted, axes, self.shard, bucket_bytes)
-                self.groups.append(group)
-                sums |= group.gradient_sums
+        for group in self.groups:
+            sums |= zip(group.names, group.gradients.sums, strict=False)
         self._layers = {n: layer for n, layer in parameters.layers.items() if n in sums}
         for name, layer in self._layers.items():
             layer.gradient_sum = sums[name]
@@ -210,7 +207,10 @@ class Zero:
     @property
     def spread(self) -> bool:
         """Whether layers gather weights that are cut over the data ranks, on an eager device."""
-        return any(group.spread for group in self.groups if isinstance(group, Group))
+        return any(
+            group.store is not None and group.store.run.device.type in EAGER_BACKENDS
+            for group in self.groups
+        )
 
     @torch.no_grad()
     def step(
@@ -227,7 +227,7 @@ class Zero:
         zero afterwards.
         """
         for group in self.groups:
-            group.finish_gradients()
+            group.gradients.finish()
             for name, parameter in zip(group.names, group.parameters, strict=True):
                 if not parameter.requires_grad:
                     raise ConfigError(
@@ -267,33 +267,33 @@ class Zero:
     def _sum_tied(self) -> None:
         """Give both ends of a pipeline the whole gradient of what is tied over them."""
         for group in self.groups:
-            for gradient in group.sums() if group.key.tied else ():
+            for gradient in group.gradients.stored if group.key.tied else ():
                 gradient.copy_(self.axes.ends.all_reduce(gradient))
 
-    def _reduce(self, group: Group | LazyGroup, bucket: Bucket) -> list[Tensor]:
+    def _reduce(self, group: Group, bucket: Bucket) -> list[Tensor]:
         """This rank's run of the bucket's gradient, summed over the ranks with a part of it."""
         kv, shard, tp = self.axes.kv, self.shard, self.axes.tp
-        gradient = group.gradient_of(bucket)
-        if gradient is None:  # nothing is to be sent
-            assert isinstance(group, Group)
-            return group.take_gradients(bucket)
+        parts = group.gradients.of(bucket)
+        if not group.accumulates:  # nothing is to be sent
+            return parts
+        (gradient,) = parts
         if bucket.shared:
             places = [gradient[start:stop] for start, stop in bucket.shared]
             total = kv.all_reduce(torch.cat(places))
-            gradient = group.replace(gradient, bucket.shared, split_like(total, places))
+            gradient = replaced(gradient, bucket.shared, split_like(total, places))
         if (mask := bucket.shared_mask) is not None:
             gradient = gradient * (1.0 - mask) + kv.all_reduce(gradient * mask)
         run, total = gradient[: bucket.master.numel()], gradient
-        if shard.size > 1 and not group.reduced:
+        if shard.size > 1 and group.key.zero < 2:
             total = shard.reduce_scatter(gradient, 0)
         total = self.replica.all_reduce(total)
         if total is not gradient:
-            run = group.keep(run, total)
+            run = kept(run, total)
         if group.key.partial:
-            run = group.keep(run, tp.all_reduce(run))
+            run = kept(run, tp.all_reduce(run))
         return [run]
 
-    def _squares(self, group: Group | LazyGroup, bucket: Bucket, run: list[Tensor]) -> Tensor:
+    def _squares(self, group: Group, bucket: Bucket, run: list[Tensor]) -> Tensor:
         """This run's part of the squared norm; the sum over the world counts each element once."""
         held_by = self.replica.size
         if bucket.root is not None:
@@ -307,14 +307,14 @@ class Zero:
         """Set every rank's weights from the masters, at the end of a step or of loading state."""
         for group in self.groups:
             for bucket in group.buckets:
-                owned, offload = bucket.master, group.key.offload
-                if isinstance(bucket, FlatBucket) and offload:
-                    owned = bucket.owned  # as a step or loading left it
-                if self.shard.size > 1 and not group.spread:
-                    owned = owned.to(group.key.dtype)
-                    group.put(bucket, self.shard.all_gather(owned, 0))
-                elif group.separate and not offload:
-                    group.put(bucket, owned)
+                values = bucket.master
+                if group.key.offload and bucket.weights is not None:
+                    values = bucket.weights  # as a step or loading left it
+                if self.shard.size > 1 and group.key.zero < 3:
+                    values = self.shard.all_gather(values.to(group.key.dtype), 0)
+                    group.weights.put(bucket, values)
+                elif group.separate and not group.key.offload:
+                    group.weights.put(bucket, values)
 
     def to(self, device: torch.device | str) -> None:
         """Move weights and state, once all is loaded, to a device that traces programs.
@@ -324,16 +324,14 @@ class Zero:
         """
         for layer in self._layers.values():
             layer.gradient_sum = None
-        self.groups = [
-            lazy_group(group, device) if isinstance(group, Group) else group
-            for group in self.groups
-        ]
+        for group in self.groups:
+            group.to(device)
 
     def zero_grad(self) -> None:
         """Clear the accumulated gradients."""
         self._reductions.finish()  # of a backward that failed
         for group in self.groups:
-            group.zero_grad()
+            group.gradients.clear()
 
     def owned(self) -> Iterator[Owned]:
         """All runs that this rank owns, possibly several of one parameter.
@@ -342,14 +340,13 @@ class Zero:
         same.
         """
         for group in self.groups:
-            yield from group.owned(self.shard.rank)
+            yield from group.owned()
 
     def _gradients_of(self, names: Collection[str]) -> dict[str, Tensor]:
         """The gradients that this rank has accumulated, of those parameters that have one."""
         found: dict[str, Tensor] = {}
         for group in self.groups:
-            if isinstance(group, Group):
-                found |= group.gradients_of(names)
+            found |= group.gradients_of(names)
         return found
 
     def state_bytes(self) -> int:
@@ -357,8 +354,9 @@ class Zero:
         total, ranks = 0, self.shard.size
         for group in self.groups:
             weight, gradient = group.key.dtype.itemsize, GRADIENT_BYTES * group.accumulates
-            whole = weight * (not group.spread) + gradient * (not group.reduced)
-            run = weight * group.spread + gradient * group.reduced
+            spread, reduced = group.key.zero == 3, group.key.zero > 1
+            whole = weight * (not spread) + gradient * (not reduced)
+            run = weight * spread + gradient * reduced
             run += NORM_WEIGHT_BYTES if group.key.weight is None else 0
             kept = moments_bytes(group.key.bits) + (MASTER_BYTES if group.separate else 0)
             run_length = group.length // ranks

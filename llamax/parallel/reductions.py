@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
+from llamax.config.choices import EAGER_BACKENDS
+
 
 class Reductions:
     """The sums of one backward after another; each is complete when its backward returns."""
@@ -29,11 +31,13 @@ class Reductions:
     def add(self, total: Tensor, start: Callable[[], Callable[[], Tensor]]) -> None:
         """Begin a sum by ``start``, which returns a wait for it, and later add it to ``total``.
 
-        Outside of a backward it is added at once.
+        Outside of a backward it is added at once, and where programs are traced: their compiler
+        decides what goes on at the same time.
         """
         self.finish()
         self._started = total, start()
-        if torch._C._current_graph_task_id() < 0:
+        traced = total.device.type not in EAGER_BACKENDS
+        if traced or torch._C._current_graph_task_id() < 0:
             self.finish()
         else:
             Variable._execution_engine.queue_callback(self.finish)

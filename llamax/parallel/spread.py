@@ -111,12 +111,13 @@ class _Gather(torch.autograd.Function):
 class SpreadWeight:
     """A weight of which each rank of ``shard`` keeps a run; a ``Store``.
 
-    A ``trained`` one sums its gradient over them into ``gradient``, a float32 run: at once, or by
-    ``reductions`` while backward goes on.
-    A placeholder is made here, its run alone.
+    With ``reductions`` it is trained: they sum its gradient over the ranks into ``gradient``, a
+    float32 run, while backward goes on.  A placeholder is made here, its run alone.
     """
 
-    def __init__(self, weight: Tensor, shard: Axis, trained: bool, unit: int = 1) -> None:
+    def __init__(
+        self, weight: Tensor, shard: Axis, reductions: Reductions | None = None, unit: int = 1
+    ) -> None:
         self.shape, device = weight.shape, weight.device
         if isinstance(weight, Placeholder):
             assert weight.home is not None, "it has runs already"
@@ -127,8 +128,8 @@ class SpreadWeight:
         self.spread = Spread(weight.numel(), values, shard, like, unit)
         self.gradient: Tensor | None = None
         self.prefetch: Prefetch | None = None
-        self.reductions: Reductions | None = None
-        if trained:
+        self.reductions = reductions
+        if reductions is not None:
             self.gradient = torch.zeros(len(self.run), dtype=torch.float32, device=device)
             self._leaf = torch.zeros((), requires_grad=True)  # so that backward comes by
 
@@ -154,11 +155,9 @@ class SpreadWeight:
     def add_gradient(self, dw: Tensor) -> None:
         """Add this rank's run of the sum of ``dw`` over ``shard``."""
         assert self.gradient is not None
+        assert self.reductions is not None
         start = partial(self.spread.start_reduce, dw.reshape(-1))
-        if self.reductions is None:
-            self.gradient.add_(start()())
-        else:
-            self.reductions.add(self.gradient, start)
+        self.reductions.add(self.gradient, start)
 
 
 def spread_weights(model: nn.Module) -> Iterator[SpreadWeight]:

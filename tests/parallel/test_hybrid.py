@@ -29,7 +29,8 @@ from llamax.config.model import ModelConfig
 from llamax.config.schema import FinetuneConfig
 from llamax.model.llama import Llama
 from llamax.model.lora_linear import FrozenLinear
-from llamax.optim.reduced_groups import ReducedGroup
+from llamax.optim.gradients import Reduced
+from llamax.optim.state import Bucket
 from llamax.optim.zero import Zero
 from llamax.parallel.collectives import Axes, Solo
 from llamax.parallel.mesh import Mesh
@@ -174,10 +175,9 @@ def summed_twice(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def summed_in_each_microstep(original: Callable[..., Any]) -> Callable[..., Any]:
-    def send(self: ReducedGroup, number: int) -> None:
-        original(self, number)
-        gradient = self.buckets[number].gradient
-        assert gradient is not None
+    def send(self: Reduced, bucket: Bucket) -> None:
+        original(self, bucket)
+        gradient = self.stored[bucket.number]
         gradient.copy_(axes(MESHES[0]).replica.all_reduce(gradient))
 
     return send
@@ -204,7 +204,7 @@ DEFECTS: dict[str, tuple[int, Callable[[], Any]]] = {
     "gradients not summed over groups": (1, defect(Zero, "_reduce", groups_apart)),
     "gradients of runs not summed over groups": (3, defect(Zero, "_reduce", groups_apart)),
     "gradients summed twice": (2, defect(Zero, "_reduce", summed_twice)),
-    "summed in each microstep": (2, defect(ReducedGroup, "_send", summed_in_each_microstep)),
+    "summed in each microstep": (2, defect(Reduced, "_send", summed_in_each_microstep)),
     "the norm counts every copy": (3, defect(Zero, "_squares", every_copy_counts)),
     "summed over all data ranks": (1, defect(Zero, "_reduce", over_all_data_ranks)),
 }

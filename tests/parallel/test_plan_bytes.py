@@ -102,7 +102,7 @@ def measure(config: Config, mesh: Mesh) -> dict[str, int]:
     )
     tensors: list[Tensor | None] = []
     for group in optimizer.groups:
-        tensors += [group.weights, group.gradient]
+        tensors += [*group.weights.stored, *group.gradients.stored]
         for bucket in group.buckets:
             tensors += [bucket.master, bucket.root]
             for moment in bucket.moments:
@@ -252,7 +252,7 @@ def measure_stage(config: Config, mesh: Mesh) -> int:
     state.step(batches, 1)
     tensors: list[Tensor | None] = [state._stage._unused]
     for group in state.optimizer.groups:
-        tensors += [group.weights, group.gradient]
+        tensors += [*group.weights.stored, *group.gradients.stored]
         for bucket in group.buckets:
             tensors += [bucket.master, bucket.exp_avg, bucket.exp_avg_sq, bucket.root]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as stepped:

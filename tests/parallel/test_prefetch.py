@@ -19,6 +19,7 @@ from llamax.backends.torch_axes import GlooAxis, TorchAxis
 from llamax.model.recompute import Recompute
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.prefetch import Prefetch
+from llamax.parallel.reductions import Reductions
 from llamax.parallel.spread import spread_weights
 from llamax.training import step as training_step
 
@@ -52,6 +53,13 @@ class Watched(Metered):
         return arrived
 
 
+class AtOnce(Reductions):
+    """Sums that end before backward goes on."""
+
+    def add(self, total: Tensor, start: Callable[[], Callable[[], Tensor]]) -> None:
+        total.add_(start()())
+
+
 def trained(
     prefetches: bool,
     recompute: Recompute,
@@ -68,7 +76,7 @@ def trained(
     llama.model.mode = recompute
     state = training(llama, there, zero=3)
     for weight in spread_weights(llama) if not overlaps else ():
-        weight.reductions = None
+        weight.reductions = AtOnce()
     losses, prefetch = [], Prefetch()
     with mock.patch.object(
         training_step, "prefetched", training_step.prefetched if prefetches else lambda _: prefetch
@@ -76,7 +84,7 @@ def trained(
         for number in range(1, 4):
             losses.append(state.step(share(there, 2), number).loss.clone())
             losses.append(state.validate([share(there, 1)] * 2).clone())
-    runs = [bucket.owned.clone() for group in state.optimizer.groups for bucket in group.buckets]
+    runs = [bucket.weights.clone() for group in state.optimizer.groups for bucket in group.buckets]
     return {
         "values": [*losses, *runs],
         "sent": dict(watched.meter.sent_bytes),

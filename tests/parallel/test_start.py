@@ -32,7 +32,6 @@ from llamax.config.model import ModelConfig
 from llamax.config.schema import Config, DataConfig, FinetuneConfig, ParallelConfig, RunConfig
 from llamax.model import initial_weights
 from llamax.model.llama import DTYPES, Llama
-from llamax.optim.groups import Group
 from llamax.parallel.collectives import Axes
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.placeholder import Placeholder, set_values
@@ -106,9 +105,8 @@ def started(config: Config, mesh: Mesh, kind: str, folder: str) -> tuple[list[st
     found = weights(state)
     wrong = [n for n, p in whole.named_parameters() if not torch.equal(found[n], p)]
     for group in state.optimizer.groups:
-        assert isinstance(group, Group)
         for bucket in group.buckets:
-            if kind != "resumed" and not torch.equal(bucket.master, bucket.owned.float()):
+            if kind != "resumed" and not torch.equal(bucket.master, bucket.weights.float()):
                 wrong.append(f"masters of {group.names}")
     return (
         wrong,

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from llamax.config.schema import OptimConfig
-from llamax.optim import Zero, adamw, groups, zero
+from llamax.optim import Zero, adamw, gradients, groups, zero
 from llamax.parallel.collectives import Axes
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.sharding import (
@@ -335,15 +335,15 @@ def planted(name: str) -> Iterator[None]:
             ),
         ),
         "no gather": (Zero, "gather_parameters", lambda self: None),
-        "a microstep forgotten": (groups.Accumulate, "__call__", _last),
+        "a microstep forgotten": (gradients.Accumulated, "_arrived", _last),
     }  # fmt: skip
     target, attribute, instead = patches[name]
     with mock.patch.object(target, attribute, instead):
         yield
 
 
-def _last(self: Any, parameter: Tensor) -> None:
-    self.total.copy_(parameter.grad)
+def _last(self: Any, member: int, parameter: Tensor) -> None:
+    self.layout.tensors[member].copy_(parameter.grad)
     parameter.grad = None
 
 

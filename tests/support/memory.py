@@ -33,7 +33,7 @@ def held_bytes(zero: Zero) -> int:
     """Bytes of all distinct storages: weights, gradients, masters, moments, weights in the norm."""
     found: dict[int, int] = {}
     for group in zero.groups:
-        tensors = [group.weights, group.gradient]
+        tensors = [*group.gradients.stored]
         for bucket in group.buckets:
             tensors += [getattr(bucket, field.name) for field in dataclasses.fields(bucket)]
         for tensor in [*tensors, *group.parameters]:

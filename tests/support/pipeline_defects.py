@@ -132,9 +132,11 @@ def of_one_end(original: Any) -> Any:
     """The first stage keeps its own part of the tied gradient."""
 
     def _sum_tied(self: Zero) -> None:
-        kept = [g.clone() for group in self.groups if group.key.tied for g in group.sums()]
+        kept = [
+            g.clone() for group in self.groups if group.key.tied for g in group.gradients.stored
+        ]
         original(self)
-        ours = [g for group in self.groups if group.key.tied for g in group.sums()]
+        ours = [g for group in self.groups if group.key.tied for g in group.gradients.stored]
         for gradient, before in zip(ours, kept, strict=True):
             gradient.copy_(before if self.axes.pp.rank == 0 else gradient)
 

@@ -12,7 +12,8 @@ from llamax.config.model import ModelConfig
 from llamax.model.llama import Llama
 from llamax.model.recompute import Recompute
 from llamax.optim import groups
-from llamax.optim.reduced_groups import ReducedGroup
+from llamax.optim.gradients import Reduced
+from llamax.optim.state import Bucket
 from llamax.optim.zero import Zero
 from llamax.parallel import spread
 from llamax.parallel.mesh import Mesh
@@ -80,13 +81,10 @@ def first_run(original: Callable[..., Any]) -> Callable[..., Any]:
 def kept_gradients(original: Callable[..., Any]) -> Callable[..., Any]:
     """What was sent stays, and is sent again with the next microstep's."""
 
-    def send(self: ReducedGroup, number: int) -> None:
-        members = {piece.member for piece in self.buckets[number].pieces}
-        parameters = [self.parameters[member] for member in members]
-        before = [None if p.grad is None else p.grad.clone() for p in parameters]
-        original(self, number)
-        for parameter, gradient in zip(parameters, before, strict=True):
-            parameter.grad = gradient
+    def send(self: Reduced, bucket: Bucket) -> None:
+        before = dict(self._unsent[bucket.number])
+        original(self, bucket)
+        self._unsent[bucket.number].update(before)
 
     return send
 
@@ -115,19 +113,17 @@ SPREAD = {
 }
 REDUCED = {
     "gradients summed again by the optimizer": defect(Zero, "_reduce", summed_again),
-    "sent gradients are sent again": defect(ReducedGroup, "_send", kept_gradients),
+    "sent gradients are sent again": defect(Reduced, "_send", kept_gradients),
     "gradients not sent in backward": lambda: replaced(
-        ReducedGroup, "_arrived", lambda self, member, parameter: None
+        Reduced, "_arrived", lambda self, member, parameter: None
     ),
     "runs of another rank": defect(
-        ReducedGroup,
+        Reduced,
         "_send",
         lambda original: (
-            lambda self, number: (
-                original(self, number),
-                self.buckets[number].gradient.copy_(
-                    self.shard.shift(self.buckets[number].gradient)
-                ),
+            lambda self, bucket: (
+                original(self, bucket),
+                self.stored[bucket.number].copy_(self.shard.shift(self.stored[bucket.number])),
             )
         ),
     ),

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from llamax.config.model import ModelConfig
 from llamax.model.recompute import Recompute
-from llamax.optim.groups import Group
 from llamax.optim.zero import Zero
 from llamax.parallel import spread
 from llamax.parallel.collectives import Axes
@@ -23,7 +22,6 @@ def joined(optimizer: Zero, run_of: Callable[[Any, Any], Tensor]) -> dict[str, T
     """Whole tensors of this tensor rank by name, from a run of each bucket on each data rank."""
     found: dict[str, Tensor] = {}
     for group in optimizer.groups:
-        assert isinstance(group, Group)
         flats = {name: torch.zeros(n) for name, n in zip(group.names, group.lengths, strict=True)}
         for bucket in group.buckets:
             whole = optimizer.shard.all_gather(run_of(group, bucket), 0)
@@ -69,7 +67,7 @@ def step(
             total = loss(llama, micro, axes) / TOKENS
         total.backward()
     for group in state.optimizer.groups:
-        group.finish_gradients()
+        group.gradients.finish()
     with torch.no_grad():
         grads = joined(
             state.optimizer, lambda group, bucket: state.optimizer._reduce(group, bucket)[0]
@@ -80,5 +78,5 @@ def step(
         "loss": [float(r.loss) for r in results] + [float(state.validate([share(axes, 1)]))],
         "norm": [float(r.grad_norm) for r in results],
         "grads": grads,
-        "weights": joined(state.optimizer, lambda group, bucket: bucket.owned.detach()),
+        "weights": joined(state.optimizer, lambda group, bucket: bucket.weights.detach()),
     }

@@ -17,7 +17,7 @@ from support.audited_runs import audited, tiny
 from torch import Tensor
 
 from llamax.backends.tracing import HostRead, Tracer
-from llamax.optim.lazy import LazyGroup
+from llamax.optim.groups import Group
 from llamax.optim.zero import Zero
 from llamax.parallel import tensor_parallel
 from llamax.parallel.rendezvous import Rendezvous
@@ -144,11 +144,11 @@ def test_a_value_read_in_the_step_is_named_with_its_line(data: Path) -> None:
 
 
 def test_saving_that_computes_is_named_with_its_line(data: Path) -> None:
-    def cut_on_the_device(self: LazyGroup, rank: int) -> Iterator[Any]:
+    def cut_on_the_device(self: Group) -> Iterator[Any]:
         yield self.buckets[0].master[:3].cpu()  # planted: cut
 
     with (
-        mock.patch.object(LazyGroup, "owned", cut_on_the_device),
+        mock.patch.object(Group, "owned", cut_on_the_device),
         pytest.raises(HostRead, match=line_of("cut")),
     ):
         audited(tiny(data))

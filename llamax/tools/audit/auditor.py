@@ -320,9 +320,9 @@ def measure(traced: TracedRun, programs: dict[str, hlo.Program], machine: Machin
     gradients, state = 0, optimizer.state_bytes()
     for group in optimizer.groups:
         run = group.length // ranks
-        gradients += GRADIENT_BYTES * (run if group.reduced else sum(group.lengths))
-        state -= GRADIENT_BYTES * (run if group.reduced else group.length)
-        state -= group.key.dtype.itemsize * (run if group.spread else group.length)
+        gradients += GRADIENT_BYTES * (run if group.key.zero > 1 else sum(group.lengths))
+        state -= GRADIENT_BYTES * (run if group.key.zero > 1 else group.length)
+        state -= group.key.dtype.itemsize * (run if group.key.zero == 3 else group.length)
     old = [hlo.Shape(HLO_DTYPES[each.dtype], tuple(each.shape), False) for each in tensors]
     live = {name: census.live(each, old) for name, each in programs.items()}
     reserve, available = round(machine.reserve_gib * GIB), machine.memory_bytes()

@@ -32,7 +32,7 @@ def kept(share: Share, stage: int) -> int:
 
 
 def state(share: Share, machine: Machine) -> list[Line]:
-    """Weights and optimizer state, by the formulas in optim/zero.py and optim/lazy.py."""
+    """Weights and optimizer state, by the formulas in optim/zero.py."""
     ranks, groups, width = share.owners, share.padded_groups, share.width
     uneven = sum(group.elements for group in groups if group.uneven)
     return [
