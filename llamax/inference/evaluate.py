@@ -161,7 +161,7 @@ def evaluate(
         if main:
             logger.info("%s", samples)
     else:
-        wording = PromptFormat(
+        formatter = PromptFormat(
             loaded.tokenizer,
             begin_id(loaded, bos),
             template,
@@ -169,8 +169,8 @@ def evaluate(
             system=system,
             record=loaded.prompt,
         )
-        prompts, references = read_test(str(test_file), wording, limit)
-        stop_ids |= wording.stop_ids
+        prompts, references = read_test(str(test_file), formatter, limit)
+        stop_ids |= formatter.stop_ids
         check_prompts(loaded.model, [prompt.ids for prompt in prompts], max_new_tokens)
     opened = choose(backend, rank, threads, words=INFERENCE)
     with ExitStack() as stack:
@@ -245,18 +245,20 @@ def open_split(folder: Path, split: str, model: LoadedModel) -> Stream:
     return TokenFile(path)
 
 
-def read_test(path: str, wording: PromptFormat, limit: int = 0) -> tuple[list[Prompt], list[str]]:
+def read_test(path: str, formatter: PromptFormat, limit: int = 0) -> tuple[list[Prompt], list[str]]:
     """The prompts of a test file, and the right answers; DataError names a row without one."""
     prompts, answers = [], []
     for rows in plan_tables([path], limit=limit):
         for place, row in read_rows(rows):
             try:
-                sample = read_sample(row, wording.fields_of(row), wording.system, wording.template)
+                sample = read_sample(
+                    row, formatter.fields_of(row), formatter.system, formatter.template
+                )
             except EmptyAnswer as error:
                 raise DataError(f"{place}: {error}; correct or remove it") from None
             except DataError as error:
                 raise DataError(f"{place}: {error}") from None
-            prompts.append(wording.prompt(row, place))
+            prompts.append(formatter.prompt(row, place))
             answers.append(sample.answer or sample.messages[-1].get("content") or "")
     return prompts, answers
 

@@ -161,13 +161,14 @@ def generate(
         CheckpointError: For a model that is missing or damaged.
     """
     rows = read_prompts(prompts, prompts_file, settings.template)[: settings.limit or None]
-    opened = ask(_load(Path(model), str(tokenizer), str(base), rank.world_size), rows, settings)
-    with _engines([opened], settings, rank, out) as (build, file):
+    loaded = _load(Path(model), str(tokenizer), str(base), rank.world_size)
+    prompted = format_prompts(loaded, rows, settings)
+    with _engines([prompted], settings, rank, out) as (build, file):
         engine, main = build(0), rank.rank == 0
-        alone = len(opened.prompts) == 1
+        alone = len(prompted.prompts) == 1
         done: list[Completion] = []
         for batch, completions in _batches(
-            engine, opened.prompts, settings.batch, show if main and alone else silent, main
+            engine, prompted.prompts, settings.batch, show if main and alone else silent, main
         ):
             for prompt, completion in zip(batch, completions, strict=True):
                 done.append(completion)
@@ -196,8 +197,9 @@ def precompile(
             "`precompile` needs `backend` xla and `length`, the tokens to compile for"
         )
     rows, settings = read_prompts((), None, settings.template), replace(settings, max_new_tokens=1)
-    opened = ask(_load(Path(model), str(tokenizer), str(base), rank.world_size), rows, settings)
-    with _engines([opened], settings, rank, None) as (build, _):
+    loaded = _load(Path(model), str(tokenizer), str(base), rank.world_size)
+    prompted = format_prompts(loaded, rows, settings)
+    with _engines([prompted], settings, rank, None) as (build, _):
         decoder = build(0).decoder
         assert decoder is not None
         decoder.run_all()
@@ -249,16 +251,16 @@ def compare(
         for path, model_base in zip(paths, bases, strict=True)
     ]
     record = next((model.prompt for model in reversed(loaded) if model.prompt), None)
-    opened = [ask(replace(model, prompt=record), rows, settings) for model in loaded]
-    with _engines(opened, settings, rank, out) as (build, file):
+    prompted = [format_prompts(replace(model, prompt=record), rows, settings) for model in loaded]
+    with _engines(prompted, settings, rank, out) as (build, file):
         answers: list[list[Completion]] = []
-        for number, model in enumerate(opened):
+        for number, model in enumerate(prompted):
             engine = build(number)
             batches = _batches(engine, model.prompts, settings.batch, silent, rank.rank == 0)
             answers.append([completion for _, done in batches for completion in done])
             logger.info("%s", engine.speed)
             del engine  # one model at a time is in memory
-        together = zip(opened[0].prompts, zip(*answers, strict=True), strict=True)
+        together = zip(prompted[0].prompts, zip(*answers, strict=True), strict=True)
         found = [Comparison(prompt, completions) for prompt, completions in together]
         count = len(models)
         names = ["base", *("tuned" if count == 2 else f"tuned{i}" for i in range(1, count))]
@@ -269,7 +271,7 @@ def compare(
     return found
 
 
-class Opened(NamedTuple):
+class PromptedModel(NamedTuple):
     """A model in files, its prompts, and the tokens that end its answers."""
 
     model: LoadedModel
@@ -295,13 +297,12 @@ def _load(path: Path, tokenizer: str, base: str, ranks: int) -> LoadedModel:
     return loaded
 
 
-def ask(
+def format_prompts(
     loaded: LoadedModel, rows: Sequence[tuple[str, Row]], settings: GenerationSettings
-) -> Opened:
+) -> PromptedModel:
     """Format prompts for a model; raises what ``generate`` raises for them."""
-    config = loaded.model
     asked = any(row.get("prompt") != "" for _, row in rows)  # not to begin a text from nothing
-    wording = PromptFormat(
+    formatter = PromptFormat(
         loaded.tokenizer,
         begin_id(loaded, settings.bos),
         settings.template,
@@ -310,22 +311,22 @@ def ask(
         settings.system,
         loaded.prompt if asked else None,
     )
-    prompts = [wording.prompt(row, place) for place, row in rows]
-    check_prompts(config, [prompt.ids for prompt in prompts], settings.max_new_tokens)
+    prompts = [formatter.prompt(row, place) for place, row in rows]
+    check_prompts(loaded.model, [prompt.ids for prompt in prompts], settings.max_new_tokens)
     split_stops(loaded.tokenizer, settings.stop)
-    return Opened(loaded, prompts, {*loaded.ends, *wording.stop_ids, *settings.stop_ids})
+    return PromptedModel(loaded, prompts, {*loaded.ends, *formatter.stop_ids, *settings.stop_ids})
 
 
 @contextmanager
 def _engines(
-    models: Sequence[Opened],
+    models: Sequence[PromptedModel],
     settings: GenerationSettings,
     rank: Rendezvous,
     out: str | Path | None,
 ) -> Iterator[tuple[Callable[[int], Engine], IO[str] | None]]:
     """A function that builds a model's engine, and the file ``out``, while ranks are joined."""
     ranks = rank.world_size
-    kv = max(1, ranks // min(opened.model.model.num_key_value_heads for opened in models))
+    kv = max(1, ranks // min(prompted.model.model.num_key_value_heads for prompted in models))
     backend = choose(settings.backend, rank, settings.threads, words=INFERENCE)
     home = torch.device("cpu") if backend.traces else backend.device
     with ExitStack() as stack:
@@ -335,15 +336,15 @@ def _engines(
         axes = stack.enter_context(backend.joined(Mesh(tp=ranks, kv=kv), TIMEOUT_S))
 
         def build(number: int) -> Engine:
-            opened = models[number]
+            prompted = models[number]
             with reported("loading the model", show=rank.rank == 0):
-                model = opened.model.build(
+                model = prompted.model.build(
                     axes.tp, home, settings.dtype, quantize=settings.quantize
                 )
-            engine = opened.engine(model, settings)
+            engine = prompted.engine(model, settings)
             if backend.traces:
                 move_model(model, backend.device)
-                engine.decoder = static_decoder(engine, opened.prompts, settings, backend)
+                engine.decoder = static_decoder(engine, prompted.prompts, settings, backend)
             else:
                 transpose_weights(model)
             return engine

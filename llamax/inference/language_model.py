@@ -31,7 +31,7 @@ from llamax.inference.engine import (
     chat_template,
     open_model,
 )
-from llamax.inference.generate import GenerationSettings, Opened, ask, silent
+from llamax.inference.generate import GenerationSettings, PromptedModel, format_prompts, silent
 from llamax.inference.prompts import check_encodable, read_prompts
 from llamax.model.llama import Llama
 from llamax.parallel.collectives import Solo
@@ -141,14 +141,14 @@ class LanguageModel:
             raise ConfigError("`stream=True` takes one prompt; call generate once for each")
         if several and not rows:
             return []
-        opened = ask(self._loaded, read_prompts(rows, None, template), settings)
-        engine = opened.engine(self.model, settings)
+        prompted = format_prompts(self._loaded, read_prompts(rows, None, template), settings)
+        engine = prompted.engine(self.model, settings)
         if stream:
-            return self._streamed(engine, opened)
+            return self._streamed(engine, prompted)
         texts: list[str] = []
         with self._computing():
-            for start in range(0, len(opened.prompts), batch):
-                some = opened.prompts[start : start + batch]
+            for start in range(0, len(prompted.prompts), batch):
+                some = prompted.prompts[start : start + batch]
                 done = engine.complete(some, start, silent)
                 texts += [completion.text for completion in done]
         return texts if several else texts[0]
@@ -181,8 +181,8 @@ class LanguageModel:
             logits: Tensor = self.model(ids if ids.dim() == 2 else ids[None])
         return logits
 
-    def _streamed(self, engine: Engine, opened: Opened) -> Iterator[str]:
-        (prompt,) = opened.prompts
+    def _streamed(self, engine: Engine, prompted: PromptedModel) -> Iterator[str]:
+        (prompt,) = prompted.prompts
         pieces = engine.stream([prompt], [Completion(prompt.text, len(prompt.ids))])
         while True:
             with self._computing():  # not between pieces, where the program runs

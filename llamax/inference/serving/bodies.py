@@ -87,8 +87,8 @@ class Body(BaseModel):
         return self
 
 
-class Settings(Body):
-    """The settings of OpenAI's requests."""
+class OpenAIBody(Body):
+    """What bodies of OpenAI's requests have in common."""
 
     model: str | None = None
     max_tokens: Count | None = None
@@ -103,7 +103,7 @@ class Settings(Body):
     stream_options: dict[str, Any] | None = None
 
 
-class ChatBody(Settings):
+class ChatBody(OpenAIBody):
     """``/v1/chat/completions``."""
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
@@ -112,7 +112,7 @@ class ChatBody(Settings):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
 
-class CompletionBody(Settings):
+class CompletionBody(OpenAIBody):
     """``/v1/completions``."""
 
     prompt: str | Ids | Prompts | None = None

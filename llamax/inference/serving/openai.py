@@ -11,10 +11,10 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from llamax.inference.serving.bodies import BodyError, ChatBody, CompletionBody, Settings
+from llamax.inference.serving.bodies import BodyError, ChatBody, CompletionBody, OpenAIBody
 from llamax.inference.serving.formatter import PromptIds
 from llamax.inference.serving.scheduler import Drawn, Step
-from llamax.inference.serving.service import Answers, Served, Service, Wish
+from llamax.inference.serving.service import Answers, RequestSettings, Served, Service
 
 Events = AsyncIterator[dict[str, Any] | str]
 
@@ -61,7 +61,7 @@ async def chat(service: Service, body: ChatBody) -> Reply:
         raise BodyError("top_logprobs needs logprobs=true", "top_logprobs")
     top = (body.top_logprobs or 0) if body.logprobs else None
     length = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    answers = service.answers(served, [prompt], wish_of(body, length, top))
+    answers = service.answers(served, [prompt], settings_of(body, length, top))
     writer = ChatWriter(served, body.model or service.name, top is not None)
     return await reply(writer, body, [prompt], answers)
 
@@ -76,8 +76,10 @@ async def complete(service: Service, body: CompletionBody) -> Reply:
         else served.formatter.text(each)
         for each in given
     ]
-    wish = wish_of(body, body.max_tokens, body.logprobs)
-    answers = service.answers(served, prompts, replace(wish, usual_new_tokens=COMPLETION_TOKENS))
+    settings = settings_of(body, body.max_tokens, body.logprobs)
+    answers = service.answers(
+        served, prompts, replace(settings, usual_new_tokens=COMPLETION_TOKENS)
+    )
     writer = TextWriter(served, body.model or service.name, body.logprobs is not None)
     return await reply(writer, body, prompts, answers)
 
@@ -90,10 +92,10 @@ def _prompts(body: CompletionBody) -> Sequence[str | list[int]]:
     return list(prompt)
 
 
-def wish_of(body: Settings, length: int | None, top: int | None) -> Wish:
-    """What a body asks for."""
+def settings_of(body: OpenAIBody, length: int | None, top: int | None) -> RequestSettings:
+    """The settings of a body's answers."""
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    return Wish(
+    return RequestSettings(
         length,
         temperature=body.temperature,
         top_k=body.top_k if body.top_k != -1 else 0,  # vLLM's "all"
@@ -219,7 +221,7 @@ class TextWriter(Writer):
 
 
 async def reply(
-    writer: Writer, body: Settings, prompts: Sequence[PromptIds], answers: Answers
+    writer: Writer, body: OpenAIBody, prompts: Sequence[PromptIds], answers: Answers
 ) -> Reply:
     """The reply to a request whose answers are being computed."""
     prompt_tokens = sum(len(prompt.ids) for prompt in prompts)

@@ -44,8 +44,8 @@ class Served:
 
 
 @dataclass(frozen=True)
-class Wish:
-    """How a request wants its answers; what is None is the model's or the server's."""
+class RequestSettings:
+    """The settings of a request's answers; what is None is the model's or the server's."""
 
     max_new_tokens: int | None = None
     usual_new_tokens: int | None = None
@@ -124,22 +124,24 @@ class Service:
         """Raise QueueFull if there is no room for ``count`` answers; call it before any work."""
         self.scheduler.check_room(count)
 
-    def answers(self, served: Served, prompts: Sequence[PromptIds], wish: Wish) -> Answers:
-        """``wish.answers`` answers to each prompt, which begin to be computed.
+    def answers(
+        self, served: Served, prompts: Sequence[PromptIds], settings: RequestSettings
+    ) -> Answers:
+        """``settings.answers`` answers to each prompt, which begin to be computed.
 
-        Raises ConfigError for a wish out of range, and QueueFull.
+        Raises ConfigError for a setting out of range, and QueueFull.
         """
         tokenizer = served.loaded.tokenizer
-        texts, named = split_stops(tokenizer, wish.stops)
+        texts, named = split_stops(tokenizer, settings.stops)
         drawn = ("temperature", "top_k", "top_p")
         given: dict[str, Any] = {
-            name: value for name in drawn if (value := getattr(wish, name)) is not None
+            name: value for name in drawn if (value := getattr(settings, name)) is not None
         }
-        seed = secrets.randbits(32) if wish.seed is None else wish.seed
+        seed = secrets.randbits(32) if settings.seed is None else settings.seed
         answers = Answers()
         for prompt in prompts:
-            length = self._new_tokens(served, prompt, wish)
-            for _ in range(wish.answers):
+            length = self._new_tokens(served, prompt, settings)
+            for _ in range(settings.answers):
                 number = len(answers.requests)
                 request = Request(
                     prompt.ids,
@@ -148,17 +150,17 @@ class Service:
                     replace(served.sampling, **given, seed=(seed + number) % SEEDS),
                     length,
                     texts,
-                    {*prompt.stop_ids, *named, *wish.stop_ids},
+                    {*prompt.stop_ids, *named, *settings.stop_ids},
                     tokenizer.vocab_size,
                     served.adapter,
-                    wish.top,
+                    settings.top,
                 )
                 answers.requests.append(request)
         self.scheduler.submit(answers.requests)
         return answers
 
-    def _new_tokens(self, served: Served, prompt: PromptIds, wish: Wish) -> int:
-        """The largest number of new tokens; raises ConfigError for a prompt or wish too long."""
+    def _new_tokens(self, served: Served, prompt: PromptIds, settings: RequestSettings) -> int:
+        """The largest number of new tokens; raises ConfigError if it or the prompt is too large."""
         size = served.loaded.model.vocab_size
         if strange := [i for i in prompt.ids if not 0 <= i < size]:
             raise ConfigError(
@@ -171,13 +173,13 @@ class Service:
                 f"the prompt has {count(len(prompt.ids), 'token')}, and the server takes {length} "
                 "with the answer; send a shorter one"
             )
-        most, wished = min(free, limit), wish.max_new_tokens
-        if wished is None:
-            return min(most, wish.usual_new_tokens or most)
-        if wished > most:
+        most, asked = min(free, limit), settings.max_new_tokens
+        if asked is None:
+            return min(most, settings.usual_new_tokens or most)
+        if asked > most:
             raise ConfigError(
-                f"{wished} new tokens are too many for this prompt of "
+                f"{asked} new tokens are too many for this prompt of "
                 f"{count(len(prompt.ids), 'token')}: the server takes {length} together and makes "
                 f"{limit}; ask for at most {most}"
             )
-        return wished
+        return asked

@@ -8,7 +8,7 @@ from llamax.inference.serving.bodies import GenerateBody, Parameters
 from llamax.inference.serving.formatter import PromptIds
 from llamax.inference.serving.openai import Events, Reply, Stream
 from llamax.inference.serving.scheduler import Step
-from llamax.inference.serving.service import Answers, Served, Service, Wish
+from llamax.inference.serving.service import Answers, RequestSettings, Served, Service
 from llamax.runtime.versions import LLAMAX
 
 NEW_TOKENS = 100  # TGI's default
@@ -43,18 +43,18 @@ async def generate(service: Service, body: GenerateBody, stream: bool, listed: b
     ``listed``: whether the reply is a list of one, as that of ``/`` and ``/invocations``.
     """
     served = service.model(body.model)
-    settings = body.parameters
+    parameters = body.parameters
     service.check_room(1)
     prompt = served.formatter.text(body.inputs)
-    answers = service.answers(served, [prompt], _wish(settings, stream))
-    before = body.inputs if settings.return_full_text else ""
+    answers = service.answers(served, [prompt], _settings(parameters, stream))
+    before = body.inputs if parameters.return_full_text else ""
     if stream:
-        return Stream(_events(served, prompt, answers, settings, before), answers)
+        return Stream(_events(served, prompt, answers, parameters, before), answers)
     (steps,) = await answers.gather()
     reply: dict[str, Any] = {"generated_text": before + "".join(step.text for step in steps)}
-    if settings.details:
+    if parameters.details:
         tokens = [_token(served, step) for step in steps]
-        reply["details"] = _details(steps[-1], len(steps), settings.seed) | {
+        reply["details"] = _details(steps[-1], len(steps), parameters.seed) | {
             "prefill": [],
             "tokens": tokens,
         }
@@ -62,7 +62,7 @@ async def generate(service: Service, body: GenerateBody, stream: bool, listed: b
 
 
 async def _events(
-    served: Served, prompt: PromptIds, answers: Answers, settings: Parameters, before: str
+    served: Served, prompt: PromptIds, answers: Answers, parameters: Parameters, before: str
 ) -> Events:
     made, text = 0, before
     async for _, step in answers.steps():
@@ -74,26 +74,26 @@ async def _events(
             "details": None,
         }
         if step.ended:
-            event["details"] = _details(step, made, settings.seed) | {
+            event["details"] = _details(step, made, parameters.seed) | {
                 "input_length": len(prompt.ids)
             }
         yield event
 
 
-def _wish(settings: Parameters, stream: bool) -> Wish:
-    """What parameters ask for; without any sign of sampling the most likely token, as TGI does."""
-    drawn = (settings.temperature, settings.top_k, settings.top_p)
-    samples = settings.do_sample or any(value is not None for value in drawn)
-    stops = [*(settings.stop or ()), *(settings.stop_sequences or ())]
-    return Wish(
-        settings.max_new_tokens,
+def _settings(parameters: Parameters, stream: bool) -> RequestSettings:
+    """The settings of an answer; without a sign of sampling the most likely token, as in TGI."""
+    drawn = (parameters.temperature, parameters.top_k, parameters.top_p)
+    samples = parameters.do_sample or any(value is not None for value in drawn)
+    stops = [*(parameters.stop or ()), *(parameters.stop_sequences or ())]
+    return RequestSettings(
+        parameters.max_new_tokens,
         NEW_TOKENS,
-        settings.temperature if samples else 0.0,
-        settings.top_k,
-        settings.top_p,
-        settings.seed,
+        parameters.temperature if samples else 0.0,
+        parameters.top_k,
+        parameters.top_p,
+        parameters.seed,
         [stop for stop in stops if stop],
-        top=0 if stream or settings.details else None,
+        top=0 if stream or parameters.details else None,
     )
 
 

@@ -31,7 +31,7 @@ from llamax.data.dataset import open_dataset
 from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.inference.engine import open_model
 from llamax.inference.evaluate import evaluate
-from llamax.inference.generate import GenerationSettings, ask, compare, generate
+from llamax.inference.generate import GenerationSettings, compare, format_prompts, generate
 from llamax.inference.prompts import read_prompts
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import ConfigError
@@ -84,7 +84,10 @@ MODELS = ("run", "whole", "adapters", "peft", "merged", "cut")
 def prompt_ids(folder: Path, tokenizer: Path, **settings: Any) -> list[list[int]]:
     rows = read_prompts(["Who?"], None, settings.get("template", ""))
     loaded = open_model(folder, str(tokenizer))
-    return [prompt.ids for prompt in ask(loaded, rows, GenerationSettings(**settings)).prompts]
+    return [
+        prompt.ids
+        for prompt in format_prompts(loaded, rows, GenerationSettings(**settings)).prompts
+    ]
 
 
 @pytest.mark.parametrize("model", MODELS)
