@@ -48,8 +48,10 @@ from llamax.inference.kv_cache import KVCache
 from llamax.inference.kv_pool import KVPool
 from llamax.inference.one_token import one_token
 from llamax.inference.sampling import Sampling
-from llamax.model import quantize
+from llamax.inference.serving.adapters import Adapters, ServedLinear
+from llamax.model import lora, quantize
 from llamax.model.llama import DTYPES, Llama
+from llamax.model.lora_linear import FrozenLinear
 from llamax.optim import blockwise
 from llamax.parallel import pipeline
 from llamax.parallel.collectives import Axes, Solo
@@ -81,7 +83,8 @@ def here() -> str:
 class Waits(TorchDispatchMode):
     """Notes operations at which the host waits for a GPU.
 
-    Of copies between host and device these are all that are not ``non_blocking``.
+    Of copies between host and device these are all that are not ``non_blocking``, and those of
+    indices.
     """
 
     def __init__(self) -> None:
@@ -97,6 +100,10 @@ class Waits(TorchDispatchMode):
         if name in ("_to_copy", "copy_"):
             at_once = kwargs.get("non_blocking") or (name == "copy_" and any(args[2:]))
             waits = len(devices) > 1 and not at_once
+        elif name in ("index", "index_put", "index_put_"):
+            by = [x for x in args[1] if x is not None]
+            sent = any(x.device.type != NAME or x.dtype == torch.bool for x in by)
+            waits = NAME in devices and sent
         else:
             waits = NAME in devices and name in WAITS
         if waits:
@@ -233,7 +240,23 @@ def answer(case: dict[str, Any], axes: Axes) -> None:
     for attention in (cache, pool):
         logits = one_token(model)(tokens[:, None], places, attention, 5)
         assert Sampling().pick(logits[:, 0], []).device == DEVICE
-    case["waits"] = []
+    case["waits"] = served(model) if axes.tp.size == 1 else []
+
+
+def served(model: Llama) -> list[str]:
+    """Where a server's step waits that has adapters for one of two requests."""
+    adapters, shell = Adapters(DEVICE), Llama(WIDE, Solo("tp", DEVICE), device="meta")
+    lora.adapt(shell, FinetuneConfig(method="lora"), torch.empty(0, device=DEVICE))
+    for path, layer in [*shell.named_modules()]:
+        if isinstance(layer, FrozenLinear):
+            owner, _, own = path.rpartition(".")
+            beside: Any = ServedLinear(model.get_submodule(path), {"a": layer.adapters}, adapters)  # type: ignore[arg-type]
+            setattr(model.get_submodule(owner), own, beside)
+    ids = torch.zeros(2, 4, dtype=torch.int64, device=DEVICE)
+    adapters.choose(["", "a"])
+    with Waits() as waits:
+        model(ids)
+    return waits.found
 
 
 def tensor(values: Any, *, device: Any = None, make: Any = torch.tensor, **settings: Any) -> Tensor:

@@ -37,7 +37,8 @@ BASE_SETTINGS = ("method", "quant", "double_quant")  # what adapters of one base
 class Adapters:
     """The rows of a batch that use an adapter, by its name; the base has the name ""."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = device
         self.groups: list[tuple[str, Tensor]] = []
 
     def choose(self, names: Sequence[str]) -> None:
@@ -45,7 +46,9 @@ class Adapters:
         rows: dict[str, list[int]] = defaultdict(list)
         for row, name in enumerate(names):
             rows[name].append(row)
-        self.groups = [(name, torch.tensor(rows[name])) for name in rows if name]
+        self.groups = [
+            (name, torch.tensor(rows[name], device=self.device)) for name in rows if name
+        ]
 
 
 class ServedLinear(nn.Module):
@@ -84,7 +87,7 @@ def build_served(
     Raises ConfigError for adapters that cannot share one base, and CheckpointError for those of
     another base or of a kind that has to be merged.
     """
-    tp, adapters = Solo("tp", device), Adapters()
+    tp, adapters = Solo("tp", device), Adapters(device)
     if not tuned:
         model = loaded.build(tp, device, dtype, quantize=quantize)
         transpose_weights(model)
