@@ -30,6 +30,8 @@ from llamax.tools.doctor.finding import Finding, Host, Level, passed, unknown
 
 # Packages that read checkpoints with torch.load.
 LOADERS = ("neuronx-distributed", "optimum-neuron", "transformers", "accelerate", "lightning")
+# The oldest NVIDIA driver for a release of CUDA: "CUDA Compatibility", minor version compatibility.
+DRIVERS = {12: 525, 13: 580}
 INSTALL = "from the package index of AWS Neuron: python3 -m pip install"
 REMOVE = "python3 -m pip uninstall"
 
@@ -95,8 +97,25 @@ def _cuda(host: Host, torch: str) -> Iterator[Finding]:
     )
     if driver is None:
         yield unknown("driver", "the NVIDIA driver is not loaded here", "run doctor on a node")
+    elif numbers(driver[1])[0] < (least := DRIVERS.get(cuda := _cuda_release(host, torch), 0)):
+        yield Finding(
+            "warning",
+            "driver",
+            f"NVIDIA driver {driver[1]} with torch for CUDA {cuda}, which needs {least} or newer",
+            "torch finds no GPU with it, unless NVIDIA's package cuda-compat is in use",
+            "install a newer driver, or a torch for an older CUDA",
+        )
     else:
         yield passed("driver", f"NVIDIA driver {driver[1]}")
+
+
+def _cuda_release(host: Host, torch: str) -> int:
+    """The major release of CUDA that torch was built for; 0 where nothing says."""
+    if built := re.search(r"\+cu(\d+)\d$", torch):
+        return int(built[1])
+    packages = ("nvidia-cuda-runtime", *(f"nvidia-cuda-runtime-cu{n}" for n in DRIVERS))
+    found = filter(None, map(host.version, packages))
+    return next((numbers(version)[0] for version in found), 0)
 
 
 def _xla(host: Host, torch: str) -> Iterator[Finding]:

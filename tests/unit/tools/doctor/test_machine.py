@@ -23,15 +23,34 @@ def test_a_machine_with_gpus(tmp_path: Path) -> None:
         host_with(tmp_path, **{f"dev__nvidia{n}": ""})
     host_with(tmp_path, dev__nvidiactl="")
     assert levels(machine.devices(Host(tmp_path), p5)) == {"devices": "ok"}
-    for line in ("Kernel Module  570.133.20  Wed", "Open Kernel Module for x86_64  570.133.20  R"):
+    for line in ("Kernel Module  580.95.05  Wed", "Open Kernel Module for x86_64  580.95.05  R"):
         host = Host(tmp_path, packages={"torch": "2.9.0+cpu"})
         assert levels(versions.check(host, "cuda"))["torch"] == "error"
         host_with(tmp_path, proc__driver__nvidia__version=f"NVRM version: NVIDIA UNIX {line}\n")
         host = Host(tmp_path, packages={"torch": "2.9.0+cu130"})
         torch, driver = versions.check(host, "cuda")
-        assert (torch.level, driver.what) == ("ok", "NVIDIA driver 570.133.20")
+        assert (torch.level, driver.what) == ("ok", "NVIDIA driver 580.95.05")
     (tmp_path / "dev" / "nvidia3").unlink()
     assert levels(machine.devices(host, p5)) == {"devices": "error"}
+
+
+@pytest.mark.parametrize(
+    ("driver", "packages", "level"),
+    [
+        ("570.133.20", {"torch": "2.9.0+cu130"}, "warning"),
+        ("570.133.20", {"torch": "2.9.0+cu128"}, "ok"),
+        ("570.133.20", {"torch": "2.13.0", "nvidia-cuda-runtime": "13.0.96"}, "warning"),
+        ("515.105.01", {"torch": "2.9.0", "nvidia-cuda-runtime-cu12": "12.8.90"}, "warning"),
+        ("515.105.01", {"torch": "2.9.0"}, "ok"),
+    ],
+)
+def test_a_driver_older_than_cuda_is_found(
+    tmp_path: Path, driver: str, packages: dict[str, str], level: str
+) -> None:
+    line = f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {driver}  Wed\n"
+    host_with(tmp_path, proc__driver__nvidia__version=line)
+    found = levels(versions.check(Host(tmp_path, packages=packages), "cuda"))
+    assert found["driver"] == level
 
 
 def test_devices_and_memory(tmp_path: Path) -> None:
