@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from llamax import ops
+from llamax.config.choices import EAGER_BACKENDS
 from llamax.inference.kv_cache import DecodeStep
 from llamax.model.llama import Attend, Llama
 from llamax.runtime.errors import ConfigError
@@ -30,7 +31,7 @@ from llamax.runtime.units import show_bytes
 class KVPool:
     """Keys and values of ``slots`` sequences of up to ``length`` positions, for one model.
 
-    The first zeros are copied from the host, because on a device that compiles they would be a
+    On a device that compiles the first zeros are copied from the host, because they would be a
     program; without ``memory``, for a device that only traces, they are just recorded.
     ``setting``: the user's name for ``slots``.  Raises ConfigError if there is no memory for them.
     """
@@ -48,7 +49,8 @@ class KVPool:
         like = next(model.parameters())
         self.slots, self.length = slots, length
         shape = (config.num_hidden_layers, 2, slots, heads, length, config.head_dim)
-        home = torch.device("cpu") if memory else like.device
+        eager = like.device.type in EAGER_BACKENDS
+        home = torch.device("cpu") if memory and not eager else like.device
 
         def zeros() -> Tensor:
             return torch.zeros(shape[2:], dtype=like.dtype, device=home).to(like.device)

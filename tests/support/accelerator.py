@@ -95,11 +95,10 @@ class Waits(TorchDispatchMode):
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
         devices = {x.device.type for x in args if isinstance(x, Tensor)}
         result = func(*args, **kwargs)
-        if name == "_to_copy":
-            devices.add(result.device.type)
-        if name in ("_to_copy", "copy_"):
-            at_once = kwargs.get("non_blocking") or (name == "copy_" and any(args[2:]))
-            waits = len(devices) > 1 and not at_once
+        if name in ("to", "_to_copy", "copy_"):
+            names = [argument.name for argument in func._schema.arguments]
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            waits = len({*devices, result.device.type}) > 1 and not given.get("non_blocking")
         elif name in ("index", "index_put", "index_put_"):
             by = [x for x in args[1] if x is not None]
             sent = any(x.device.type != NAME or x.dtype == torch.bool for x in by)
@@ -231,7 +230,8 @@ def answer(case: dict[str, Any], axes: Axes) -> None:
     ids = torch.zeros(2, 4, dtype=torch.int64, device=DEVICE)
     last = torch.full((2,), 3, device=DEVICE)
     places, sampling = last[:, None] + 1, Sampling(0.8, top_k=5)
-    cache, pool = KVCache(8), KVPool(model, 3, 8)
+    with Waits() as waits:
+        cache, pool = KVCache(8), KVPool(model, 3, 8)
     logits = model(ids, attend=cache.prefill, last_B=last)
     tokens = sampling.pick(logits[:, 0], sampling.streams(2))
     model(ids, attend=pool.prefill([0, 2]), last_B=last)
@@ -240,7 +240,7 @@ def answer(case: dict[str, Any], axes: Axes) -> None:
     for attention in (cache, pool):
         logits = one_token(model)(tokens[:, None], places, attention, 5)
         assert Sampling().pick(logits[:, 0], []).device == DEVICE
-    case["waits"] = served(model) if axes.tp.size == 1 else []
+    case["waits"] = waits.found + (served(model) if axes.tp.size == 1 else [])
 
 
 def served(model: Llama) -> list[str]:
