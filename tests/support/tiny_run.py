@@ -91,11 +91,16 @@ def torchrun(ranks: int, path: Path, *overrides: str) -> subprocess.Popen[str]:
     )
 
 
-def fork_ranks(ranks: int, *words: str | Path, folder: Path | None = None) -> subprocess.Popen[str]:
-    """``torchrun`` of a script, or of training, without its program; see ``support.fork_ranks``."""
+def fork_ranks(
+    ranks: int, *words: str | Path, folder: Path | None = None, by: str = "fork_ranks"
+) -> subprocess.Popen[str]:
+    """``torchrun`` of a script, or of training, without its program; see ``support.fork_ranks``.
+
+    ``by``: the script of ``support`` that starts the ranks.
+    """
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.Popen(
-        [sys.executable, "-m", "support.fork_ranks", str(ranks), *map(str, words)],
+        [sys.executable, "-m", f"support.{by}", str(ranks), *map(str, words)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
