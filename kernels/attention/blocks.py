@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llamax.config.constants import ATTENTION_BLOCK_QUERIES, HIDDEN
+from llamax.config.constants import ATTENTION_BLOCK_QUERIES
+from llamax.config.hidden import HIDDEN
 from llamax.kernels.attention.ways import Ranks, turned, way
 
 

@@ -38,7 +38,7 @@ from llamax.kernels.rope.nki_rotate import (
 
 TILE = 128  # keys of a step, and queries of a row of tiles: the partitions of the core
 BLOCK = 512  # queries of a block, and keys of an exact step: the float32 columns of a PSUM bank
-HIDDEN = -1.0e9  # added to a score of another document; see llamax.config.constants
+HIDDEN = -1.0e9  # added to a score of another document; see llamax.config.hidden
 
 
 def attention_forward(q_t, k_t, v, bias, exact):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llamax.config.constants import HIDDEN
+from llamax.config.hidden import HIDDEN
 
 
 def attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

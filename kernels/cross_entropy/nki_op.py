@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamax.config.constants import HIDDEN, nki_loss_refusal
 from llamax.config.constants import NKI_MULTIPLE as TILE
+from llamax.config.constants import nki_loss_refusal
+from llamax.config.hidden import HIDDEN
 from llamax.kernels.attention.nki_op import available, launch
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llamax.config.constants import HIDDEN
+from llamax.config.hidden import HIDDEN
 
 
 def statistics(x: Tensor, weight: Tensor, columns: Tensor, padding: Tensor | None) -> Tensor:

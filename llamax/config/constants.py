@@ -34,12 +34,6 @@ NKI_LOSS_WIDEST = 3072  # hidden_size: wider logits take longer to compute again
 FLASH_MULTIPLE = 2048  # tokens of a sequence
 FLASH_MAX_HEAD_DIM = 128
 
-# A score or logit that does not count: exp of its distance to any that does is 0 in float32.  It is
-# not -inf, and not the lowest number, for NeuronCores: there a transpose on the matrix unit makes
-# NaN of inf, and exp gives NaN near the lowest numbers.  Sources: AWS Neuron, neuronx-cc's option
-# --enable-saturate-infinity; optimum-neuron 0.4.5, ``scaled_qk`` in its attention_base.py.
-HIDDEN = -1e9
-
 # nf4 (llamax.model.quantize).
 NF4_BLOCK_WEIGHTS = 64  # weights that share a scale
 NF4_BLOCK_SCALES = 256  # scales that share a scale of their own, with finetune.double_quant

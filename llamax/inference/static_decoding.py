@@ -26,7 +26,7 @@ from torch import Tensor
 
 from llamax import ops
 from llamax.backends.base import Device
-from llamax.config.constants import HIDDEN
+from llamax.config.hidden import HIDDEN
 from llamax.config.model import ModelConfig
 from llamax.inference.kv_pool import KVPool
 from llamax.inference.sampling import Prompts, Sampling, check_finite, check_prompts

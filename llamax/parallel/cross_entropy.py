@@ -27,7 +27,8 @@ from torch.autograd.function import once_differentiable
 
 from llamax import ops
 from llamax.config.choices import EAGER_BACKENDS
-from llamax.config.constants import HIDDEN, loss_chunk_tokens
+from llamax.config.constants import loss_chunk_tokens
+from llamax.config.hidden import HIDDEN
 from llamax.ops import IGNORE_INDEX
 from llamax.parallel import regions
 from llamax.parallel.collectives import Axis
