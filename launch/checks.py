@@ -25,7 +25,7 @@ from llamax.launch.environment import RESERVED
 from llamax.launch.forms import image_problem, inside
 from llamax.launch.jobfile import JobFile
 from llamax.runtime.address import CACHES, problem, protocol
-from llamax.runtime.errors import ConfigError
+from llamax.runtime.errors import ConfigError, join_or
 from llamax.runtime.units import count
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -129,7 +129,12 @@ def _job(job: JobFile) -> Iterator[str]:
             f"ranks_per_node={job.ranks_per_node} but {job.machine.name} has {cores} {unit}; "
             f"use {cores} or less, or more nodes"
         )
-    machine = job.machine
+    machine, asked, counts = job.machine, job.ranks_per_node, job.machine.rank_counts
+    if counts and 0 < asked <= cores and asked not in counts:
+        yield (
+            f"ranks_per_node={asked}: Neuron has no collectives between {asked} of the "
+            f"{cores} {unit} of {machine.name}; use {join_or(counts)}"
+        )
     try:
         job.sdk  # noqa: B018
     except ConfigError as error:

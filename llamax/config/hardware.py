@@ -85,6 +85,8 @@ class Machine:
     """Share of the network that collectives reach."""
     devices: Natural = 0
     """Chips of Trainium or GPUs of a node, as Kubernetes counts them [devices]."""
+    rank_counts: tuple[Count, ...] = ()
+    """Ranks of a node between which its runtime has collectives; empty: any number [ranks]."""
     efa: Natural = 0
     """EFA adapters of a node [adapters]."""
     host_gbps: Positive = 20.0

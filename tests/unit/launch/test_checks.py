@@ -34,6 +34,18 @@ def test_all_problems_are_reported_together() -> None:
             {"ranks_per_node": 64},
             "ranks_per_node=64 but trn1.32xlarge has 32 NeuronCores; use 32 or less, or more nodes",
         ),
+        (
+            "torchrun",
+            {"ranks_per_node": 16},
+            "ranks_per_node=16: Neuron has no collectives between 16 of the 32 NeuronCores of "
+            "trn1.32xlarge; use 1, 2, 8 or 32",
+        ),
+        (
+            "slurm",
+            {"instance": "trn2", "ranks_per_node": 8},
+            "ranks_per_node=8: Neuron has no collectives between 8 of the 64 NeuronCores of "
+            "trn2.48xlarge; use 1, 4, 16 or 64",
+        ),
         ("torchrun", {"instance": "trn1.32xlage"}, "unknown; did you mean trn1.32xlarge?"),
         ("torchrun", {"instance": "local"}, "ranks_per_node=0: instance=local has no default"),
         ("torchrun", {"overrides__parallel__tensor": 64}, "1 x trn1.32xlarge = 32 ranks: "),
