@@ -146,7 +146,7 @@ def recomputed(function: Callable[..., Any], *tensors: Tensor) -> Any:
 
     if not any(tensor.requires_grad for tensor in tensors):
         tensors = (tensors[0].detach().requires_grad_(), *tensors[1:])
-    return checkpoint(function, *tensors, use_reentrant=True, preserve_rng_state=False)
+    return checkpoint(function, *tensors, use_reentrant=True)  # with the random numbers of before
 
 
 class Xla:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -20,6 +21,7 @@ from llamax.inference.engine import open_model, split_stops
 from llamax.inference.evaluate import evaluate
 from llamax.inference.generate import GenerationSettings, generate
 from llamax.inference.sampling import Sampling, sampling_of
+from llamax.model.llama import Llama
 from llamax.runtime.errors import ConfigError, DataError
 
 SETTINGS = {"eos_token_id": [501, 504], "do_sample": True, "temperature": 0.6, "top_p": 0.9}
@@ -153,3 +155,24 @@ def test_an_added_token_without_a_row_of_the_model(hub: Path, tmp_path: Path) ->
     assert direct == own
     with pytest.raises(DataError, match="has no split validation; use `split` train"):
         evaluate(hub, data=tmp_path / "megatron", sequence_length=16)
+
+
+def test_a_batch_is_no_larger_than_the_data(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "import os"}] * 5)
+    out = ["--out", str(tmp_path / "data"), "--workers", "1", "--validation", "0"]
+    assert prepare([str(rows), "--tokenizer", str(hub), *out]) == 0
+    computed, loss = [], Llama.loss
+
+    def spied(self: Llama, ids_BS: torch.Tensor, *more: Any, **named: Any) -> Any:
+        computed.append(len(ids_BS))
+        return loss(self, ids_BS, *more, **named)
+
+    monkeypatch.setattr(Llama, "loss", spied)
+    options: dict[str, Any] = {"data": tmp_path / "data", "split": "train", "sequence_length": 16}
+    few = evaluate(hub, **options, batch=1)
+    count = len(computed)
+    many = evaluate(hub, **options, batch=1000)
+    assert computed[count:] == [few["samples"]]
+    assert many == pytest.approx(few)
