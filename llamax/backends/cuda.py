@@ -12,7 +12,8 @@ Source: ProcessGroupNCCL.cpp of torch, ``abort`` and ``shutdown``.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,8 @@ from llamax.backends.base import TRAINING, Words
 from llamax.backends.of_rank_0 import StoreBarrier
 from llamax.backends.torch_distributed import TorchBackend, reason
 from llamax.config.hardware import gpu_peak_flops
+from llamax.parallel.collectives import Axes
+from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import BackendError
 from llamax.runtime.units import count
@@ -33,6 +36,11 @@ MEMORY = re.compile(r"CUDA error: out of memory|'out of memory'|CUBLAS_STATUS_AL
 # Of nccl, what no other rank is to blame for.
 MISTAKES = re.compile(r"nccl(InvalidUsage|InvalidArgument|UnhandledCudaError|InternalError)")
 NO_KERNELS = "no kernel image is available"
+# Settings of torch.backends.cuda.matmul, by default true.
+NARROW_SUMS = (
+    "allow_bf16_reduced_precision_reduction",
+    "allow_fp16_reduced_precision_reduction",
+)
 
 
 class Cuda(TorchBackend):
@@ -55,12 +63,13 @@ class Cuda(TorchBackend):
                 f"{words.backend('cuda')}: torch {torch.__version__} cannot use {self.device} "
                 f"({reason(error)}); see nvidia-smi, or use {words.backend('cpu')}"
             ) from error
-        # Sums inside products are fp32 (``llamax.ops``), also where cuBLAS cuts one in parts.
-        products = torch.backends.cuda.matmul
-        products.allow_bf16_reduced_precision_reduction = False
-        products.allow_fp16_reduced_precision_reduction = False
         self._reading = torch.cuda.Stream(self.device)
         self._barrier = StoreBarrier(rendezvous)
+
+    @contextmanager
+    def joined(self, mesh: Mesh, timeout_s: float) -> Iterator[Axes]:
+        with wide_sums(), super().joined(mesh, timeout_s) as axes:
+            yield axes
 
     def _too_few(self, ranks: int, gpus: int) -> str:
         """That ranks have no GPU each, and the remedy."""
@@ -133,3 +142,17 @@ class Cuda(TorchBackend):
 
     def _gpu_name(self) -> str:
         return torch.cuda.get_device_name(self.device)
+
+
+@contextmanager
+def wide_sums() -> Iterator[None]:
+    """Let cuBLAS add the parts of 16-bit products in fp32 in the block, as ``llamax.ops`` says."""
+    products, before = torch.backends.cuda.matmul, {}
+    for name in NARROW_SUMS:
+        before[name] = getattr(products, name)
+        setattr(products, name, False)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(products, name, value)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llamax.backends import torch_distributed
-from llamax.backends.cuda import Cuda
+from llamax.backends.cuda import NARROW_SUMS, Cuda
 from llamax.backends.random_state import random_state, set_random_state
 from llamax.backends.transfer import sent
 from llamax.parallel.mesh import Mesh
@@ -288,3 +288,11 @@ def test_the_random_state_of_a_gpu_is_saved_behind_the_hosts(
     assert taken == [[*range(16)]], "no GPU, a GPU, a GPU without a state"
     with pytest.raises(TypeError):
         set_random_state(saved[:-1], gpu)
+
+
+def test_sums_inside_products_are_wide_while_a_run_goes_on(gpus: SimpleNamespace) -> None:
+    products = torch.backends.cuda.matmul
+    before = [getattr(products, name) for name in NARROW_SUMS]
+    with alone().joined(Mesh(), 1.0):
+        assert not any(getattr(products, name) for name in NARROW_SUMS)
+    assert [getattr(products, name) for name in NARROW_SUMS] == before == [True, True]
