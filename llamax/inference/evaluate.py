@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any, Literal
@@ -157,6 +157,8 @@ def evaluate(
         raise ConfigError("`test_file` needs `template`, the format of the questions")
     if data is not None:
         samples = Samples(open_split(Path(data), split, loaded), data_config, seed=0)
+        rows = min(batch, len(samples))  # a batch that is not full is padded
+        samples.data = replace(data_config, global_batch=rows, micro_batch=rows)
         samples.check_labels(batches, "`batches`", "`labels=all`")
         if main:
             logger.info("%s", samples)
