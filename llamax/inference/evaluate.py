@@ -42,6 +42,7 @@ from llamax.inference.generate import (
 from llamax.inference.prompts import PLAIN, Prompt, PromptFormat
 from llamax.inference.sampling import Sampling, check_finite, check_prompts
 from llamax.inference.text_metrics import exact_match, rouge_l
+from llamax.model.layout import transpose_weights
 from llamax.model.llama import Llama
 from llamax.parallel.collectives import Axis, Solo
 from llamax.parallel.mesh import Mesh
@@ -183,6 +184,7 @@ def evaluate(
             llama = loaded.build(axis, opened.device, dtype, quantize=quantize)
         if samples is not None:
             return loss_of(llama, samples, batches, bar=main)
+        transpose_weights(llama)
         engine = Engine(llama, loaded.tokenizer, Sampling(), max_new_tokens, stop, stop_ids)
         return score_answers(engine, prompts, references, batch, pattern, file, bar=main)
 
