@@ -125,9 +125,9 @@ def sampling_of(
         if value is not None and not (type(value) in (int, float) and abs(value) < 2**31):
             raise ConfigError(f"generation_config.json: {name} is {value!r:.40}; use a number")
     usual = 0.8 if sample is None else 1.0
-    theirs = 0.0 if sample is False else first_given(found["temperature"], usual)
+    of_model = 0.0 if sample is False else first_given(found["temperature"], usual)
     return Sampling(
-        first_given(temperature, theirs),
+        first_given(temperature, of_model),
         int(first_given(None if top_k is None else check_whole("top_k", top_k), found["top_k"], 0)),
         first_given(top_p, found["top_p"], 1.0),
         seed,

@@ -62,7 +62,7 @@ def build_app(service: Service, max_body: int, keys: tuple[str, ...] = ()) -> AS
                 return await _respond(request, answer(body), path)
             except Exception as error:
                 refusal = _refusal(error)
-                if not isinstance(error, ClientDisconnect):  # its answers are counted as cancelled
+                if not isinstance(error, ClientDisconnect | Failed):  # whose answers are counted
                     service.scheduler.metrics.ended("refused")
                 return _error(refusal, path)
 

@@ -77,4 +77,7 @@ def test_requests_beyond_the_time_of_grace_are_answered_that_the_server_stops(
             assert b"the server is stopping; try again later" in body
         thread.join()
         scheduler.stop()
+    counted = scheduler.metrics.text().decode()
+    assert 'llamax_requests_total{outcome="failed"} 3.0' in counted
+    assert "refused" not in counted
     assert "Traceback" not in caplog.text
