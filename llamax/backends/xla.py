@@ -140,13 +140,14 @@ def recomputed(function: Callable[..., Any], *tensors: Tensor) -> Any:
     """``function(*tensors)``, computed again in backward behind a barrier.
 
     Without the barrier the compiler would merge the two computations and keep the first values.
-    torch-xla's checkpoint needs an input that requires a gradient.
+    torch-xla's checkpoint needs an input that requires a gradient.  Modules of a program's own that
+    draw get the random numbers of before.
     """
     from torch_xla.utils.checkpoint import checkpoint
 
     if not any(tensor.requires_grad for tensor in tensors):
         tensors = (tensors[0].detach().requires_grad_(), *tensors[1:])
-    return checkpoint(function, *tensors, use_reentrant=True)  # with the random numbers of before
+    return checkpoint(function, *tensors, use_reentrant=True)
 
 
 class Xla:
