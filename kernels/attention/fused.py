@@ -6,7 +6,7 @@ torch would fall back, without a word, to plain products: B H S T scores, severa
 keys and values get a copy for each query head; and the query heads of a single token, of which
 each would copy the whole cache, become queries of one head.
 
-Source: ``can_use_mem_efficient_attention`` in torch's sdp_utils.cpp, of 2.9 and of 2.14.
+Source: ``can_use_mem_efficient_attention`` in sdp_utils.cpp of torch; its pull request 191085.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import resource
@@ -37,6 +38,7 @@ WAITING_S = 30  # after which missing ranks are mentioned
 POLL_S = 0.1  # between attempts to reach rank 0
 NO_MEMORY = re.compile(r"[tT]ried to allocate ([\d.]+ \w+)")  # host and device memory
 LAST_ERROR = "Last error:"  # nccl: what went wrong stands below
+WORLDS = itertools.count()  # that this process has joined: the store of torchrun keeps old keys
 Made = dict[tuple[int, ...], dist.ProcessGroup]
 
 
@@ -107,7 +109,8 @@ class TorchBackend(EagerDevice):
         waiting.daemon = True
         waiting.start()
         try:
-            store = PrefixStore(f"llamax/{rendezvous.attempt}", _store(rendezvous, timeout))
+            prefix = f"llamax/{rendezvous.attempt}/{next(WORLDS)}"
+            store = PrefixStore(prefix, _store(rendezvous, timeout))
             if self.collectives == "gloo" and (network := _interface(rendezvous, store)):
                 os.environ["GLOO_SOCKET_IFNAME"] = network
             self._check_devices(store)

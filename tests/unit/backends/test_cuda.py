@@ -206,7 +206,8 @@ def test_heartbeats_come_before_the_watchdog_of_nccl(
 
     gpus.uuid = "GPU-1"
     store = dist.HashStore()
-    store.set("llamax/0/gpu/0", "GPU-0")
+    monkeypatch.setattr(torch_distributed, "WORLDS", iter([7]))
+    store.set("llamax/0/7/gpu/0", "GPU-0")
     monkeypatch.setattr(torch_distributed, "_store", lambda *_: store)
     monkeypatch.setattr(dist, "init_process_group", init)
     with pytest.raises(Joined), Cuda(of_two("srun")).joined(Mesh(dp=2), 100.0):
