@@ -40,10 +40,10 @@ from llamax.model.int8 import Int8Linear
 from llamax.model.llama import DTYPES, Llama
 from llamax.model.qlora import Shapes, expected, store_weights, stores
 from llamax.parallel.collectives import Axes, Axis, Solo
+from llamax.parallel.fsdp import FsdpWeight, Store
 from llamax.parallel.pipeline import layers_of
 from llamax.parallel.placeholder import make_weights
 from llamax.parallel.sharding import ShardedParameters
-from llamax.parallel.spread import SpreadWeight, Store
 from llamax.parallel.tensor_parallel import ColumnLinear, RowLinear
 from llamax.runtime.errors import CheckpointError, ConfigError
 from llamax.runtime.hub_name import hub_name
@@ -75,9 +75,9 @@ def build_model(
         torch.manual_seed(seed + axes.pp.rank)  # own modules of two stages do not draw the same
         counts = chunk_layers(config.parallel, config.model.num_hidden_layers)
         stage["stage"] = layers_of(*axes.pp, counts)
-    spread = config.parallel.zero == 3
+    sharded = config.parallel.zero == 3
     as_llama = model_class.__init__ is Llama.__init__ and model_class.init is Llama.init
-    unmade = finetune.method == "qlora" or (spread and axes.shard.size > 1 and as_llama)
+    unmade = finetune.method == "qlora" or (sharded and axes.shard.size > 1 and as_llama)
     like = torch.empty(0, dtype=DTYPES[config.run.dtype], device=device)
     options: dict[str, Any] = {
         "sequence_parallel": config.parallel.sequence,
@@ -95,7 +95,7 @@ def build_model(
     if unmade and finetune.method == "full":
         make_weights(model, model.sharded_parameters().layers.keys(), like)
     if first is not None or finetune.method != "full":
-        load_base(model, first, finetune, like, axes.shard, seed, spread)
+        load_base(model, first, finetune, like, axes.shard, seed, sharded)
     elif fresh:
         model.init(seed)
     return model
@@ -166,19 +166,19 @@ def load_base(
     like: Tensor,
     shard: Axis,
     seed: int = 0,
-    spread: bool = False,
+    sharded: bool = False,
 ) -> None:
     """Load a model's first weights, or its frozen base beside which new adapters are drawn.
 
     ``like`` has the dtype and device of the model.  The base of qlora goes from the files into its
-    quantised form a tensor at a time.  With ``spread`` the projections of a dense base are cut over
-    the ranks of ``shard`` as well.  Both take a model that was built on the meta device, and
+    quantised form a tensor at a time.  With ``sharded`` the projections of a dense base are cut
+    over the ranks of ``shard`` as well.  Both take a model that was built on the meta device, and
     others.  Without a ``source`` all is there but the base's values.
     """
     parameters = model.sharded_parameters()
-    quantised, spread = finetune.method == "qlora", spread and shard.size > 1
+    quantised, sharded = finetune.method == "qlora", sharded and shard.size > 1
     if finetune.method != "full":
-        cut = quantised or spread
+        cut = quantised or sharded
         make_weights(model, [n for n in parameters.layers if cut and ".layers." in n], like)
     if source is not None:
         load_first(source, parameters, model.config)
@@ -190,7 +190,7 @@ def load_base(
     def keep(name: str, layer: lora.Linear) -> nn.Parameter | Store:
         if quantised:
             return store_weights(name, layer, weights, finetune, codes_like, shard)
-        return SpreadWeight(layer.weight, shard) if spread else layer.weight
+        return FsdpWeight(layer.weight, shard) if sharded else layer.weight
 
     lora.adapt(model, finetune, like, seed, keep)
     lora.init(model, seed)

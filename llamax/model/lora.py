@@ -25,8 +25,8 @@ from llamax.model.dropout import Dropout
 from llamax.model.initial_weights import generator
 from llamax.model.llama import Llama
 from llamax.model.lora_linear import Adapter, Factor, FrozenLinear
+from llamax.parallel.fsdp import Store
 from llamax.parallel.sharding import Block, Cut, Part, Replica, Shard, cut, parts
-from llamax.parallel.spread import Store
 from llamax.parallel.tensor_parallel import ColumnLinear, RowLinear
 
 Linear = ColumnLinear | RowLinear

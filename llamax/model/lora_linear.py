@@ -34,8 +34,8 @@ from llamax import ops
 from llamax.model.dropout import Dropout, feature_keys, kept
 from llamax.parallel import regions
 from llamax.parallel.collectives import Axis
+from llamax.parallel.fsdp import Store
 from llamax.parallel.sharding import Cut, Shard, local_shape
-from llamax.parallel.spread import Store
 from llamax.parallel.tensor_parallel import keep_input, kept_input
 
 

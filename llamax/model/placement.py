@@ -7,8 +7,8 @@ import torch
 from llamax.backends.transfer import move_parameter, moved
 from llamax.model.llama import Llama
 from llamax.model.qlora import stores
+from llamax.parallel.fsdp import fsdp_weights
 from llamax.parallel.placeholder import Placeholder
-from llamax.parallel.spread import spread_weights
 
 
 def move_model(model: Llama, device: torch.device) -> None:
@@ -21,9 +21,9 @@ def move_model(model: Llama, device: torch.device) -> None:
             move_parameter(parameter, device)
     for store in stores(model):
         store.to(device)
-    for weight in spread_weights(model):
+    for weight in fsdp_weights(model):
         if weight.gradient is None:
-            weight.spread.run = moved(weight.run, device)
+            weight.local = moved(weight.local, device)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, moved(buffer, device))

@@ -1,4 +1,4 @@
-"""The frozen base of QLoRA: quantised as it is loaded, cut by tp, spread over the data ranks.
+"""The frozen base of QLoRA: quantised as it is loaded, cut by tp, sharded over the data ranks.
 
 ::
 
@@ -40,8 +40,8 @@ from llamax.model.llama import Llama
 from llamax.model.lora import Linear
 from llamax.model.lora_linear import FrozenLinear
 from llamax.parallel.collectives import Axis, Solo
+from llamax.parallel.fsdp import FsdpTensor
 from llamax.parallel.sharding import Part, Shard, ShardedParameters, parts, span
-from llamax.parallel.spread import Spread
 
 AT_ONCE = 4 * 2**20  # weights quantised at once: bounds the float32 copies
 
@@ -115,8 +115,8 @@ class Nf4:
             scales.append(kept[share.row : share.row + share.rows][:, block // NF4_BLOCK_WEIGHTS])
             self.shares.append(share)
             self.blocks_in_row.append(whole.shape[1])
-        self.codes = Spread.joined(codes, data, like.device)
-        self.scales = Spread.joined(scales, data, like.device)
+        self.codes = FsdpTensor.joined(codes, data, like.device)
+        self.scales = FsdpTensor.joined(scales, data, like.device)
 
     def weight(self) -> Tensor:
         """The layer's weight on this tensor rank, dense: [f, D]."""
@@ -154,8 +154,8 @@ class Nf4:
 
     def to(self, device: torch.device) -> None:
         """Move the tensors of this rank to ``device``."""
-        self.codes.run, self.scales.run = (
-            moved(spread.run, device) for spread in (self.codes, self.scales)
+        self.codes.local, self.scales.local = (
+            moved(tensor.local, device) for tensor in (self.codes, self.scales)
         )
         self.scale_of_scales = [
             (moved(above, device), moved(mean, device)) for above, mean in self.scale_of_scales
@@ -163,7 +163,7 @@ class Nf4:
 
     def tensors(self) -> Iterator[Tensor]:
         """The tensors that this rank holds."""
-        yield from (self.codes.run, self.scales.run)
+        yield from (self.codes.local, self.scales.local)
         for pair in self.scale_of_scales:
             yield from pair
 
@@ -184,7 +184,7 @@ class Int8:
             cut = weight[rows, share.column : share.column + share.columns]
             codes.append(quantize.to_int8(cut, scales[-1]))
             self.columns = share.columns
-        self.codes = Spread.joined(codes, data, like.device)
+        self.codes = FsdpTensor.joined(codes, data, like.device)
         self.scales = torch.cat(scales).to(like.device)
 
     def weight(self) -> Tensor:
@@ -194,12 +194,12 @@ class Int8:
 
     def to(self, device: torch.device) -> None:
         """Move the tensors of this rank to ``device``."""
-        self.codes.run = moved(self.codes.run, device)
+        self.codes.local = moved(self.codes.local, device)
         self.scales = moved(self.scales, device)
 
     def tensors(self) -> Iterator[Tensor]:
         """The tensors that this rank holds."""
-        yield from (self.codes.run, self.scales)
+        yield from (self.codes.local, self.scales)
 
 
 def _rows(weight: Tensor) -> int:

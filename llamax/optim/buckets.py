@@ -1,11 +1,11 @@
 """Where every parameter lies in flat vectors, and how often the whole model counts its elements.
 
 Parameters that are treated alike share one flat vector, a *group*; a group is cut into *buckets* of
-equal length, and a bucket into one *run* per data rank, which that rank owns::
+equal length, and a bucket into one *shard* per data rank, which that rank owns::
 
     group   [ parameter 0 | parameter 1       | parameter 2 |pad]
     bucket  [ 0         | 1         | 2         | 3         ]
-    run     [ r0 | r1   | r0 | r1   | r0 | r1   | r0 | r1   ]       2 data ranks
+    shard   [ r0 | r1   | r0 | r1   | r0 | r1   | r0 | r1   ]       2 data ranks
 
 The global gradient norm counts each element of the whole model once, so an element that n tensor
 ranks hold has weight 1/n: a replica, or a key/value head with more ranks than heads.  Rows that

@@ -5,12 +5,12 @@
     Autograd     parameter.grad, or blocks of an embedding's rows: float32 that is never sent
     Accumulated  += whole gradients, float32 ──> the optimizer step sums them          ZeRO-0, 1
     Reduced      backward ──> gradients of a bucket complete
-                          ── reduce-scatter ──> += [ run ], float32                    ZeRO-2
-    Runs         backward of a layer ── reduce-scatter ──> += [ run ], float32         ZeRO-3
+                          ── reduce-scatter ──> += [ shard ], float32                  ZeRO-2
+    Sharded      backward of a layer ── reduce-scatter ──> += [ shard ], float32       ZeRO-3
 
 Rajbhandari et al. 2020, sections 5.2 and 5.3.  With ZeRO-2 and 3 each microstep sends what ZeRO-1
-sends once a step.  Runs that several ranks keep are summed over these once a step, as in ZeRO-1.
-``llamax.parallel.spread`` gathers the weights of ZeRO-3, and sums their gradients.
+sends once a step.  Shards that several ranks keep are summed over these once a step, as in ZeRO-1.
+``llamax.parallel.fsdp`` gathers the weights of ZeRO-3, and sums their gradients.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Gradients(ABC):
         """The bucket's gradient, in flat parts, for an optimizer step; it may be overwritten."""
 
     def whole(self, member: int) -> Tensor | None:
-        """The gradient of a parameter, by its place; None where there is none, or only a run."""
+        """The gradient of a parameter, by its place; None where there is none, or only a shard."""
         return None
 
     def finish(self) -> None:  # noqa: B027, most send nothing
@@ -111,18 +111,18 @@ class Accumulated(Gradients):
             parameter.grad = None
 
 
-class Runs(Gradients):
-    """This rank's run of each bucket; the layer whose weight it is sums gradients into it."""
+class Sharded(Gradients):
+    """This rank's shard of each bucket; the layer whose weight it is sums gradients into it."""
 
-    def __init__(self, runs: Sequence[Tensor]) -> None:
-        self.stored = runs
+    def __init__(self, shards: Sequence[Tensor]) -> None:
+        self.stored = shards
 
     def of(self, bucket: Bucket) -> list[Tensor]:
         return [self.stored[bucket.number]]
 
 
-class Reduced(Runs):
-    """Runs of gradients that are summed over ``shard`` in backward, bucket by bucket.
+class Reduced(Sharded):
+    """Shards of gradients that are summed over ``shard`` in backward, bucket by bucket.
 
     A bucket is sent when backward has made the gradients of all its members.
     """
@@ -131,11 +131,11 @@ class Reduced(Runs):
         self,
         parameters: Sequence[Parameter],
         buckets: Sequence[Bucket],
-        runs: Sequence[Tensor],
+        shards: Sequence[Tensor],
         shard: Axis,
         reductions: Reductions,
     ) -> None:
-        super().__init__(runs)
+        super().__init__(shards)
         self.buckets, self.shard, self.reductions = buckets, shard, reductions
         self._unsent: list[dict[int, Tensor]] = [{} for _ in buckets]  # gradients by member
         self._pieces_of: list[list[tuple[Bucket, Piece]]] = [[] for _ in parameters]
@@ -159,7 +159,7 @@ class Reduced(Runs):
 
     @torch.no_grad()
     def _send(self, bucket: Bucket) -> None:
-        """Add the bucket's run of the sum over ``shard`` to the gradient."""
+        """Add the bucket's shard of the sum over ``shard`` to the gradient."""
         unsent = self._unsent[bucket.number]
         whole = joined(bucket, unsent)
         unsent.clear()

@@ -16,19 +16,19 @@ from llamax.config.choices import EAGER_BACKENDS
 from llamax.config.constants import GRADIENT_BYTES, STATE_BLOCK
 from llamax.optim.blockwise import Blockwise
 from llamax.optim.buckets import Segment, buckets, padded, pieces, shared_spans
-from llamax.optim.gradients import Accumulated, Autograd, Gradients, Reduced, Runs
+from llamax.optim.gradients import Accumulated, Autograd, Gradients, Reduced, Sharded
 from llamax.optim.layouts import Flat, Separate, Stored
 from llamax.optim.state import Bucket, Kind
 from llamax.parallel.collectives import Axes, Axis
+from llamax.parallel.fsdp import FsdpWeight
 from llamax.parallel.placeholder import Placeholder
 from llamax.parallel.reductions import Reductions
 from llamax.parallel.sharding import Storing
-from llamax.parallel.spread import SpreadWeight
 
 
 @dataclass(frozen=True)
 class Owned:
-    """A run of one parameter that this rank owns; writing into ``tensor`` changes the live state.
+    """A shard of one parameter that this rank owns; writing into ``tensor`` changes the live state.
 
     ``start`` counts elements of this tensor rank's share of parameter ``name``, flattened.  Moments
     in 8 bits are copies, which are taken back once all of a bucket have been iterated over.
@@ -63,15 +63,15 @@ class Key(NamedTuple):
 
     @property
     def unit(self) -> int:
-        """What runs are a multiple of, in elements: a block of moments in 8 bits."""
+        """What shards are a multiple of, in elements: a block of moments in 8 bits."""
         return STATE_BLOCK if self.bits == 8 else 1
 
 
 class Group:
-    """Parameters that are treated alike, as one vector, with the state of this rank's runs of it.
+    """Parameters that are treated alike, as one vector, with the state of this rank's shards of it.
 
-    ``layer`` gathers the one weight of its group when it is used: this becomes a run on each rank
-    of ``shard``, and the parameter a placeholder, if it is not yet.
+    ``layer`` gathers the one weight of its group when it is used: this is sharded over
+    ``shard``, and the parameter a placeholder, if it is not yet.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Group:
         self.lengths = [parameter.numel() for parameter in self.parameters]
         unit = shard.size * key.unit
         self.length = padded(sum(self.lengths), unit)
-        self.store: SpreadWeight | None = None
+        self.store: FsdpWeight | None = None
         self.weights: Flat | Separate | Stored
         if layer is None:
             self.weights = Flat(self.parameters, self.length, key.dtype)
@@ -98,7 +98,7 @@ class Group:
                 view.copy_(parameter.data)
                 parameter.data = view
         else:
-            self.store = layer.store = SpreadWeight(self.parameters[0], shard, reductions, key.unit)
+            self.store = layer.store = FsdpWeight(self.parameters[0], shard, reductions, key.unit)
             self.weights, bucket_bytes = Stored(self.store), GRADIENT_BYTES * self.length
         self.device = device = self.weights.stored[0].device
         self.separate = key.dtype != torch.float32 or device.type not in EAGER_BACKENDS
@@ -114,12 +114,12 @@ class Group:
             Placeholder.replace(self.parameters[0], self.names[0])
 
     def _bucket(self, number: int, start: int, stop: int, counted: Sequence[Segment]) -> Bucket:
-        """Elements [start, stop) of the group, with the state of this rank's run of them."""
+        """Elements [start, stop) of the group, with the state of this rank's shard of them."""
         size, rank = self.shard.size, self.shard.rank
-        run = (stop - start) // size
-        own = slice(start + rank * run, start + (rank + 1) * run)
+        length = (stop - start) // size
+        own = slice(start + rank * length, start + (rank + 1) * length)
         (weights,) = self.weights.stored
-        weights, master = weights[own if self.store is None else slice(run)], None
+        weights, master = weights[own if self.store is None else slice(length)], None
         if self.separate:
             master = at_home(weights.to(torch.float32, copy=True), self.key.offload)
         summed = own if self.key.zero > 1 else slice(start, stop)
@@ -132,14 +132,14 @@ class Group:
             shared=tuple(spans),
             weights=weights,
             master=weights if master is None else master,
-            exp_avg=self._moment(run, signed=True),
-            exp_avg_sq=self._moment(run, signed=False),
+            exp_avg=self._moment(length, signed=True),
+            exp_avg_sq=self._moment(length, signed=False),
             root=_roots(counted, own).to(self.device) if self.key.weight is None else None,
             offload=self.key.offload,
         )
 
     def _moment(self, length: int, signed: bool) -> Tensor | Blockwise:
-        """Zeros where a moment of a run is kept."""
+        """Zeros where a moment of a shard is kept."""
         if self.key.bits == 8:
             return Blockwise(length, signed, self.device, self.key.offload)
         return at_home(torch.zeros(length, device=self.device), self.key.offload)
@@ -148,10 +148,10 @@ class Group:
         """Gradients on an eager device."""
         if self.store is not None:
             assert self.store.gradient is not None
-            return Runs([self.store.gradient])
+            return Sharded([self.store.gradient])
         if self.key.zero == 2:
-            runs = [torch.zeros(len(b.master), device=self.device) for b in self.buckets]
-            return Reduced(self.parameters, self.buckets, runs, self.shard, self.reductions)
+            shards = [torch.zeros(len(b.master), device=self.device) for b in self.buckets]
+            return Reduced(self.parameters, self.buckets, shards, self.shard, self.reductions)
         if self.accumulates:
             return Accumulated(self.parameters, Flat(self.parameters, self.length, torch.float32))
         return Autograd(self.parameters)
@@ -166,24 +166,24 @@ class Group:
         self.separate = self.accumulates = True
         self.buckets = [self._moved(bucket, device) for bucket in self.buckets]
         if self.store is not None:
-            self.store.spread.run = moved(self.store.run, device)
-            self.store.gradient = zeros(self.store.run.shape)
-            self.gradients = Runs([self.store.gradient])
+            self.store.local = moved(self.store.local, device)
+            self.store.gradient = zeros(self.store.local.shape)
+            self.gradients = Sharded([self.store.gradient])
             return
         for parameter in self.parameters:
             move_parameter(parameter, device)
         self.weights = Separate(self.parameters)
         if self.key.zero == 2:
-            runs = [zeros(bucket.master.shape) for bucket in self.buckets]
+            shards = [zeros(bucket.master.shape) for bucket in self.buckets]
             self.gradients = Reduced(
-                self.parameters, self.buckets, runs, self.shard, self.reductions
+                self.parameters, self.buckets, shards, self.shard, self.reductions
             )
         else:
             totals = [zeros(parameter.shape) for parameter in self.parameters]
             self.gradients = Accumulated(self.parameters, Separate(totals))
 
     def _moved(self, bucket: Bucket, device: torch.device | str) -> Bucket:
-        """The bucket there; in runs, what kv replicas share depends on the rank: it is a tensor."""
+        """The bucket there; what kv replicas share of a shard depends on the rank: a tensor."""
         assert isinstance(bucket.exp_avg, Tensor), "a rule refuses 8 bits here"
         assert isinstance(bucket.exp_avg_sq, Tensor)
         spans, mask = bucket.shared, None
@@ -209,20 +209,20 @@ class Group:
         return {name: gradient for name, gradient in found.items() if gradient is not None}
 
     def owned(self) -> Iterator[Owned]:
-        """The runs that this rank owns."""
+        """The shards that this rank owns."""
         if self.key.offload:
             settle(self.device)
         for bucket in self.buckets:
-            run = len(bucket.master)
-            first = bucket.start + self.shard.rank * run
+            length = len(bucket.master)
+            first = bucket.start + self.shard.rank * length
             with bucket.saved(self.key.dtype) as state:
-                for member, start, _, part in pieces(self.lengths, first, first + run):
+                for member, start, _, part in pieces(self.lengths, first, first + length):
                     for kind, values in state.items():
                         yield Owned(self.names[member], kind, start, values[part])
 
 
 def _roots(counted: Sequence[Segment], own: slice) -> Tensor:
-    """The square roots of the weights in the norm of a run's elements; 0 in the padding."""
+    """The square roots of the weights in the norm of a shard's elements; 0 in the padding."""
     roots = torch.zeros(own.stop - own.start)
     for piece in pieces([segment.length for segment in counted], own.start, own.stop):
         roots[piece.part].fill_(sqrt(counted[piece.member].weight))

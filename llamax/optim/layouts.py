@@ -2,7 +2,7 @@
 
 On eager devices they are one flat vector, of which parameters are views: ``Flat``.  A device that
 traces programs keeps every view as a buffer of its own, so weights that are views of one vector
-would lie in memory three times; and a slice at ``rank * run`` would put the rank into the program.
+would lie in memory three times; and a slice of this rank would put the rank into the program.
 So there every parameter and every gradient is a tensor of its own, ``Separate``; buckets are joined
 inside the program, and what depends on the rank is cut on the host, before it is moved::
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llamax.config.choices import EAGER_BACKENDS
 from llamax.optim.state import Bucket
-from llamax.parallel.spread import SpreadWeight
+from llamax.parallel.fsdp import FsdpWeight
 
 
 def is_eager(x: Tensor) -> bool:
@@ -77,21 +77,21 @@ class Separate:
 
 
 class Stored:
-    """The run of one weight, in the store that a layer gathers it from."""
+    """The shard of one weight, in the store that a layer gathers it from."""
 
-    def __init__(self, store: SpreadWeight) -> None:
+    def __init__(self, store: FsdpWeight) -> None:
         self.store = store
 
     @property
     def stored(self) -> list[Tensor]:
-        return [self.store.run]
+        return [self.store.local]
 
     def put(self, bucket: Bucket, values: Tensor) -> None:
-        """Write new values of the run."""
+        """Write new values of the shard."""
         if is_eager(values):
-            self.store.run.copy_(values)
+            self.store.local.copy_(values)
         else:  # not in place, for the same reason
-            self.store.spread.run = values.to(self.store.run.dtype, copy=True)
+            self.store.local = values.to(self.store.local.dtype, copy=True)
 
 
 def joined(bucket: Bucket, parts: Mapping[int, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The state that a rank keeps of a bucket: AdamW's moments and masters of its run of elements."""
+"""The state that a rank keeps of a bucket: AdamW's moments and masters of its shard."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOMENTS: tuple[Kind, Kind] = ("exp_avg", "exp_avg_sq")
 class Bucket:
     """Elements [start, stop) of a group, communicated and updated at once.
 
-    ``master``, moments and ``root`` are of this rank's run, and so are ``weights``: the master
+    ``master``, moments and ``root`` are of this rank's shard, and so are ``weights``: the master
     itself where they are float32, and None where programs are traced, which make them of it.
     """
 

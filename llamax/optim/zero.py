@@ -1,23 +1,23 @@
 """ZeRO: AdamW with its state cut over the data ranks (Rajbhandari et al. 2020, section 5).
 
-Parameters live in flat vectors, cut into buckets; of each bucket a data rank owns one run of
-elements, and keeps AdamW's moments, and float32 masters of narrower weights, for its runs alone.
+Parameters live in flat vectors, cut into buckets; of each bucket a data rank owns one shard,
+and keeps AdamW's moments, and float32 masters of narrower weights, for its shards alone.
 A step, the same on one rank as on thousands::
 
     0  embeddings that are tied over the first and last stage of a pipeline: sum both   (ends)
     1  key/value heads held by several tensor ranks: sum the parts of their gradient    (kv)
-    2  bucket by bucket, sum gradients over the data ranks, each rank keeping its run   (shard)
-       and over the ranks that keep the same run, if there are several                  (replica)
+    2  bucket by bucket, sum gradients over the data ranks, each rank keeping its shard (shard)
+       and over the ranks that keep the same shard, if there are several                (replica)
     3  replicas with a different gradient on each rank: sum those gradients             (tp)
     4  the norm of the whole model's gradient, every element counted once               (world)
     5  clip; where the norm is not accepted, because it is not finite or an outlier, nothing below
        changes anything
-    6  AdamW on the owned runs
-    7  bucket by bucket, gather the new weights of all runs                             (shard)
+    6  AdamW on the owned shards
+    7  bucket by bucket, gather the new weights of all shards                           (shard)
 
 Parameters are grouped by dtype, by decay (matrices, embeddings among them, decay; vectors, which
 are norms, do not) and by how the norm counts them.  Weights are views of their group's flat vector,
-so step 7 needs no copy per parameter, and so is, in float32, the rank's master run.
+so step 7 needs no copy per parameter, and so is, in float32, the rank's master shard.
 
 Each gradient is added to a flat float32 vector as soon as backward has made it, and freed:
 microsteps sum in float32, all of them trace the same graph, and nothing is copied to be sent.  Only
@@ -25,9 +25,9 @@ float32 gradients that are never sent stay in ``parameter.grad``, or an embeddin
 rows, and take no memory during forward.  On eager devices the products of layers add to these sums
 themselves (``llamax.parallel.weight_gradient``).
 
-The data ranks own one run each, or, with ``parallel.zero_ranks``, groups of neighbours do, and
+The data ranks own one shard each, or, with ``parallel.zero_ranks``, groups of neighbours do, and
 each group owns everything (hybrid sharding: Zhao et al. 2023, section 3.2.2).  Then all that goes
-on in a microstep stays in a group, a node say, and groups meet once a step, over reduced runs.
+on in a microstep stays in a group, a node say, and groups meet once a step, over reduced shards.
 
 Bytes a rank holds for n elements of width w over d data ranks, or those of a group::
 
@@ -141,7 +141,7 @@ class Zero:
         self._layers = {n: layer for n, layer in parameters.layers.items() if n in sums}
         for name, layer in self._layers.items():
             layer.gradient_sum = sums[name]
-        if self.spread and axes.data.rank_index.device.type == "cpu":
+        if self.gathers and axes.data.rank_index.device.type == "cpu":
             cpu.unmap_large_blocks()
 
     def _members(
@@ -205,10 +205,10 @@ class Zero:
         return counted
 
     @property
-    def spread(self) -> bool:
+    def gathers(self) -> bool:
         """Whether layers gather weights that are cut over the data ranks, on an eager device."""
         return any(
-            group.store is not None and group.store.run.device.type in EAGER_BACKENDS
+            group.store is not None and group.store.local.device.type in EAGER_BACKENDS
             for group in self.groups
         )
 
@@ -237,21 +237,21 @@ class Zero:
         self._sum_tied()
         self.replicas.check(self._gradients_of)
         every = [(group, bucket) for group in self.groups for bucket in group.buckets]
-        runs = [self._reduce(group, bucket) for group, bucket in every]
-        squares = [self._squares(*place, run) for place, run in zip(every, runs, strict=True)]
+        shards = [self._reduce(group, bucket) for group, bucket in every]
+        squares = [self._squares(*place, shard) for place, shard in zip(every, shards, strict=True)]
         norm = self.axes.world.all_reduce(torch.stack(squares).sum()).sqrt() * scale
         factor = clip_factor(norm, self.optim.max_grad_norm) * scale
         accepted, step = accepts(norm), step.float()
-        for (group, bucket), run in zip(every, runs, strict=True):
+        for (group, bucket), shard in zip(every, shards, strict=True):
             key = group.key
             decay = self.optim.weight_decay if key.decays else 0.0
             rate = lr if key.lr_scale == 1.0 else lr * key.lr_scale
             with bucket.state(accepted) as (master, exp_avg, exp_avg_sq):
                 self.update(
-                    split_like(master, run),
-                    run,
-                    split_like(exp_avg, run),
-                    split_like(exp_avg_sq, run),
+                    split_like(master, shard),
+                    shard,
+                    split_like(exp_avg, shard),
+                    split_like(exp_avg_sq, shard),
                     adamw.Step(rate, step, factor, accepted, decay, self.optim, key.bits == 8),
                 )
             del master, exp_avg, exp_avg_sq  # streamed copies, before the next bucket's are made
@@ -271,7 +271,7 @@ class Zero:
                 gradient.copy_(self.axes.ends.all_reduce(gradient))
 
     def _reduce(self, group: Group, bucket: Bucket) -> list[Tensor]:
-        """This rank's run of the bucket's gradient, summed over the ranks with a part of it."""
+        """This rank's shard of the bucket's gradient, summed over the ranks with a part of it."""
         kv, shard, tp = self.axes.kv, self.shard, self.axes.tp
         parts = group.gradients.of(bucket)
         if not group.accumulates:  # nothing is to be sent
@@ -283,24 +283,24 @@ class Zero:
             gradient = replaced(gradient, bucket.shared, split_like(total, places))
         if (mask := bucket.shared_mask) is not None:
             gradient = gradient * (1.0 - mask) + kv.all_reduce(gradient * mask)
-        run, total = gradient[: bucket.master.numel()], gradient
+        local, total = gradient[: bucket.master.numel()], gradient
         if shard.size > 1 and group.key.zero < 2:
             total = shard.reduce_scatter(gradient, 0)
         total = self.replica.all_reduce(total)
         if total is not gradient:
-            run = kept(run, total)
+            local = kept(local, total)
         if group.key.partial:
-            run = kept(run, tp.all_reduce(run))
-        return [run]
+            local = kept(local, tp.all_reduce(local))
+        return [local]
 
-    def _squares(self, group: Group, bucket: Bucket, run: list[Tensor]) -> Tensor:
-        """This run's part of the squared norm; the sum over the world counts each element once."""
+    def _squares(self, group: Group, bucket: Bucket, shard: list[Tensor]) -> Tensor:
+        """This shard's part of the squared norm; the world's sum counts each element once."""
         held_by = self.replica.size
         if bucket.root is not None:
-            weighted = torch._foreach_mul(run, split_like(bucket.root, run))
+            weighted = torch._foreach_mul(shard, split_like(bucket.root, shard))
             return sum_of_squares(weighted) / held_by
         assert group.key.weight is not None
-        return sum_of_squares(run) * (group.key.weight / held_by)
+        return sum_of_squares(shard) * (group.key.weight / held_by)
 
     @torch.no_grad()
     def gather_parameters(self) -> None:
@@ -334,7 +334,7 @@ class Zero:
             group.gradients.clear()
 
     def owned(self) -> Iterator[Owned]:
-        """All runs that this rank owns, possibly several of one parameter.
+        """All shards that this rank owns, possibly several of one parameter.
 
         Over the ranks of ``shard`` they tile each parameter exactly; those of ``replica`` own the
         same.
@@ -354,12 +354,12 @@ class Zero:
         total, ranks = 0, self.shard.size
         for group in self.groups:
             weight, gradient = group.key.dtype.itemsize, GRADIENT_BYTES * group.accumulates
-            spread, reduced = group.key.zero == 3, group.key.zero > 1
-            whole = weight * (not spread) + gradient * (not reduced)
-            run = weight * spread + gradient * reduced
-            run += NORM_WEIGHT_BYTES if group.key.weight is None else 0
+            gathered, reduced = group.key.zero == 3, group.key.zero > 1
+            whole = weight * (not gathered) + gradient * (not reduced)
+            shard = weight * gathered + gradient * reduced
+            shard += NORM_WEIGHT_BYTES if group.key.weight is None else 0
             kept = moments_bytes(group.key.bits) + (MASTER_BYTES if group.separate else 0)
-            run_length = group.length // ranks
-            total += whole * group.length + run * run_length
-            total += 0 if group.key.offload else round(kept * run_length)
+            shard_length = group.length // ranks
+            total += whole * group.length + shard * shard_length
+            total += 0 if group.key.offload else round(kept * shard_length)
         return total

@@ -1,9 +1,9 @@
-"""Weights that no rank holds whole: their values are drawn or read a run at a time.
+"""Weights that no rank holds whole: their values are drawn or read a shard at a time.
 
 ::
 
     built on the meta device ── make_weights ──> Placeholder ── set_values ──> how to draw or read
-    Zero is made             ── a run for each data rank (llamax.parallel.spread) <── its values
+    Zero is made             ── a shard on each data rank (llamax.parallel.fsdp) <── its values
 
 The placeholder stays where the weight was, and refuses to be computed with.
 """
@@ -25,9 +25,9 @@ Values = Callable[[Tensor, int], None]
 
 
 class Placeholder(Parameter):
-    """A weight that lies in runs on the data ranks: name, shape and dtype, on the meta device.
+    """A weight that is sharded over the data ranks: name, shape and dtype, on the meta device.
 
-    Before it is cut it has a ``home``, where its runs will be, and perhaps ``initial`` values.
+    Before it is cut it has a ``home``, where its shards will be, and perhaps ``initial`` values.
     Raises ConfigError where values of it are asked for, or changed; torch would compute with
     whatever memory holds, and change nothing.
     """
@@ -46,8 +46,8 @@ class Placeholder(Parameter):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ConfigError(
-            f"{self.weight_name} cannot be pickled, because each data rank keeps a run of it with "
-            "parallel.zero=3; load a checkpoint for whole weights, or use parallel.zero=2"
+            f"{self.weight_name} cannot be pickled, because each data rank keeps a shard of it "
+            "with parallel.zero=3; load a checkpoint for whole weights, or use parallel.zero=2"
         )
 
     @classmethod
@@ -57,8 +57,8 @@ class Placeholder(Parameter):
         called = func.__name__
         if changes(called):
             raise ConfigError(
-                f"{called} would change {name}, of which each data rank keeps a run with "
-                "parallel.zero=3; change the runs that the optimizer's owned() gives, or use "
+                f"{called} would change {name}, of which each data rank keeps a shard with "
+                "parallel.zero=3; change the shards that the optimizer's owned() gives, or use "
                 "parallel.zero=2"
             )
         try:
@@ -69,7 +69,7 @@ class Placeholder(Parameter):
             )
         except (RuntimeError, NotImplementedError) as error:
             raise ConfigError(
-                f"{called} reads {name}, of which each data rank keeps a run with "
+                f"{called} reads {name}, of which each data rank keeps a shard with "
                 "parallel.zero=3; use layer.dense(), which gathers it, in place of layer.weight, "
                 "or parallel.zero=2"
             ) from error
@@ -85,15 +85,15 @@ def changes(method: str) -> bool:
 
 
 def set_values(weight: Tensor, values: Values) -> None:
-    """Give a weight its values: at once, or where it is a placeholder, when its run is made.
+    """Give a weight its values: at once, or where it is a placeholder, when its shard is made.
 
-    Raises ConfigError where it has runs already.
+    Raises ConfigError where it is sharded already.
     """
     if not isinstance(weight, Placeholder):
         values(weight.detach().view(-1), 0)
     elif weight.home is None:
         raise ConfigError(
-            f"{weight.weight_name} lies in runs on the data ranks; give it values before the "
+            f"{weight.weight_name} is sharded over the data ranks; give it values before the "
             "optimizer is made, or through the optimizer's owned()"
         )
     else:

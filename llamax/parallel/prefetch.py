@@ -22,15 +22,15 @@ from torch import Tensor
 
 
 class Gathered(Protocol):
-    """A tensor that is cut over ranks in runs."""
+    """A tensor that is sharded over ranks."""
 
     @property
-    def run(self) -> Tensor:
-        """The elements that this rank keeps, with padding."""
+    def local(self) -> Tensor:
+        """The shard that this rank keeps, with padding."""
         ...
 
     def gather(self) -> Tensor:
-        """All runs, joined."""
+        """All shards, joined."""
         ...
 
     def start_gather(self) -> Callable[[], Tensor]:
@@ -75,7 +75,7 @@ class Prefetch:
             expected = self._order[place : place + 2]
             if len(expected) == 2 and expected[0] is store:
                 coming = expected[1]
-                version = coming.run._version
+                version = coming.local._version
                 self._started = _Started(coming, version, coming.start_gather())
         return whole
 
@@ -83,7 +83,7 @@ class Prefetch:
         started, self._started = self._started, None
         if started is not None:
             whole = started.wait()  # also where it is in vain: no collective is left open
-            if started.store is store and started.version == store.run._version:
+            if started.store is store and started.version == store.local._version:
                 self.hits += 1
                 return whole
         return store.gather()

@@ -29,7 +29,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from llamax.parallel.spread import Store
+from llamax.parallel.fsdp import Store
 from llamax.parallel.weight_gradient import GradientSum
 from llamax.runtime.errors import ConfigError
 

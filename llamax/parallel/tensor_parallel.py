@@ -27,6 +27,7 @@ from llamax import ops
 from llamax.config.constants import MADE_AGAIN_BYTES
 from llamax.parallel import regions
 from llamax.parallel.collectives import Axis, Solo
+from llamax.parallel.fsdp import Store
 from llamax.parallel.sharding import (
     Block,
     Shard,
@@ -35,7 +36,6 @@ from llamax.parallel.sharding import (
     declared_cut,
     local_shape,
 )
-from llamax.parallel.spread import Store
 from llamax.parallel.weight_gradient import GradientSum, postponed
 
 

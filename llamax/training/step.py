@@ -41,10 +41,10 @@ from llamax.optim.spikes import SpikeFilter
 from llamax.optim.zero import Zero
 from llamax.parallel import context_parallel, regions
 from llamax.parallel.collectives import Axes, Axis
+from llamax.parallel.fsdp import gathered_again, prefetched
 from llamax.parallel.pipeline import Micro, Schedule, forwards, schedule
 from llamax.parallel.prefetch import Prefetch
 from llamax.parallel.sharding import Replica
-from llamax.parallel.spread import gathered_again, prefetched
 from llamax.training import model_checks
 from llamax.training.parts import LLAMAX, Parts
 from llamax.training.pipeline import Compute, Stage, apart, with_loss
@@ -167,7 +167,7 @@ class TrainState:
             nonlocal sums
             batch, layers = micros[micro.number], self.model.stage[micro.chunk]
             keys_B = self._keys(batch, number, micro.number)
-            with gathered_again() if self.optimizer.spread else nullcontext():
+            with gathered_again() if self.optimizer.gathers else nullcontext():
                 if self._ends(layers):
                     total, count = self._loss(batch, keys_B, x_BsD, layers)
                     extra = self._auxiliary_loss(layers)

@@ -131,7 +131,7 @@ def test_an_auxiliary_loss_steps_as_on_one_rank(
         assert one["loss"] == pytest.approx(whole["loss"], rel=1e-6)
         assert one["norm"] == pytest.approx(whole["norm"], rel=1e-5)
     if "zero" in options:
-        return  # weights lie in runs; the loss of the second step shows them
+        return  # weights are sharded; the loss of the second step shows them
     found = whole_weights(mesh, results)
     assert found.keys() == whole["weights"].keys()
     for name, weight in whole["weights"].items():

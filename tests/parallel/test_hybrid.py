@@ -94,11 +94,11 @@ def tuned(folder: Path, mesh: Mesh, zero: int, finetune: FinetuneConfig) -> tupl
     whole = adapters.steps(adapters.build(folder, solo, finetune), solo, 1, packed=True)
     model = adapters.build(folder, there, finetune, mesh.tp > 1, "full", zero == 3)
     stores = [m.store for m in model.modules() if isinstance(m, FrozenLinear)]
-    spread = [getattr(store, "codes", None) or getattr(store, "spread", None) for store in stores]
+    tensors = [getattr(store, "codes", None) or getattr(store, "tensor", None) for store in stores]
     mine = adapters.steps(model, there, 2, packed=True, zero=zero)
     cuts, rank = model.sharded_parameters().cuts, there.tp.rank
     found = adapters.differences(mine, whole, cuts, mesh.tp, rank, 3 * TOLERANCE)
-    return found, {each and each.shard.size for each in spread} == {mesh.shard}
+    return found, {each and each.shard.size for each in tensors} == {mesh.shard}
 
 
 @pytest.mark.parametrize("mesh", [Mesh(dp=4, shard=2), Mesh(tp=2, dp=4, shard=2)], ids=named)
@@ -202,7 +202,7 @@ def over_all_data_ranks(original: Callable[..., Any]) -> Callable[..., Any]:
 
 DEFECTS: dict[str, tuple[int, Callable[[], Any]]] = {
     "gradients not summed over groups": (1, defect(Zero, "_reduce", groups_apart)),
-    "gradients of runs not summed over groups": (3, defect(Zero, "_reduce", groups_apart)),
+    "gradients of shards not summed over groups": (3, defect(Zero, "_reduce", groups_apart)),
     "gradients summed twice": (2, defect(Zero, "_reduce", summed_twice)),
     "summed in each microstep": (2, defect(Reduced, "_send", summed_in_each_microstep)),
     "the norm counts every copy": (3, defect(Zero, "_squares", every_copy_counts)),

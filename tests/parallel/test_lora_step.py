@@ -36,8 +36,8 @@ from llamax.model.lora_linear import FrozenLinear
 from llamax.model.qlora import Nf4, Share, expected, held, share_of
 from llamax.parallel import sharding
 from llamax.parallel.collectives import Axes
+from llamax.parallel.fsdp import FsdpTensor
 from llamax.parallel.mesh import Mesh
-from llamax.parallel.spread import Spread
 
 LORA = FinetuneConfig(method="lora", r=4, alpha=6.0, dropout=0.25)
 SOME = FinetuneConfig(method="lora", r=2, alpha=3.0, rslora=True, targets="q_proj,v_proj,down_proj")
@@ -146,7 +146,7 @@ MUTATIONS: dict[str, Callable[[], Any]] = {
     "scales of the first rank's blocks": lambda: replaced(Nf4, "_places", first_rows(Nf4._places)),
     "blocks begin at a share": lambda: replaced(base, "share_of", own_blocks(share_of)),
     "a data rank's run alone": lambda: replaced(
-        Spread, "gather", lambda self: self.run.repeat(self.shard.size)[: self.length]
+        FsdpTensor, "gather", lambda self: self.local.repeat(self.shard.size)[: self.length]
     ),
 }
 IN_BASE = (
@@ -227,7 +227,7 @@ def test_a_base_is_the_same_on_every_mesh_and_takes_the_expected_bytes(
         assert found == []
 
 
-def test_a_spread_base_is_smaller_than_a_whole_one() -> None:
+def test_a_sharded_base_is_smaller_than_a_whole_one() -> None:
     wide = FinetuneConfig(method="qlora")
     one, four = (expected(MODEL, wide, 1, data, 2).quantised for data in (1, 4))
     assert 3.5 < one / four < 4.0

@@ -30,9 +30,9 @@ from llamax.optim.blockwise import Blockwise
 from llamax.optim.zero import Zero
 from llamax.parallel.collectives import Solo
 from llamax.parallel.cross_entropy import vocab_parallel_loss
+from llamax.parallel.fsdp import gathered_again, prefetched
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.pipeline import layers_of
-from llamax.parallel.spread import gathered_again, prefetched
 from llamax.tools.plan.memory import attention_kept, communication, kept, loss, memory
 from llamax.tools.plan.sizes import Share
 from llamax.tools.plan.state import (

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from llamax.backends.torch_axes import GlooAxis, TorchAxis
 from llamax.model.recompute import Recompute
+from llamax.parallel.fsdp import fsdp_weights
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.prefetch import Prefetch
 from llamax.parallel.reductions import Reductions
-from llamax.parallel.spread import spread_weights
 from llamax.training import step as training_step
 
 
@@ -75,7 +75,7 @@ def trained(
     llama = build(TINY, there, False)
     llama.model.mode = recompute
     state = training(llama, there, zero=3)
-    for weight in spread_weights(llama) if not overlaps else ():
+    for weight in fsdp_weights(llama) if not overlaps else ():
         weight.reductions = AtOnce()
     losses, prefetch = [], Prefetch()
     with mock.patch.object(

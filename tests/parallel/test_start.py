@@ -33,11 +33,11 @@ from llamax.config.schema import Config, DataConfig, FinetuneConfig, ParallelCon
 from llamax.model import initial_weights
 from llamax.model.llama import DTYPES, Llama
 from llamax.parallel.collectives import Axes
+from llamax.parallel.fsdp import fsdp_weights
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.placeholder import Placeholder, set_values
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.parallel.sharding import Block, Shard, ShardedParameter, ShardedParameters
-from llamax.parallel.spread import spread_weights
 from llamax.runtime.errors import ConfigError
 from llamax.tools.plan.memory import memory
 from llamax.tools.plan.state import early_gradients, state
@@ -152,8 +152,8 @@ def adapted(config: Config, mesh: Mesh, folder: str) -> list[str]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         model = build_model(config, source, True, here, torch.device("cpu"))
     whole, modules = reference(config, here, source), dict(model.named_modules())
-    assert len([*spread_weights(model)]) == 4 * config.model.num_hidden_layers
-    kept = sum(each.run.nbytes for each in spread_weights(model))
+    assert len([*fsdp_weights(model)]) == 4 * config.model.num_hidden_layers
+    kept = sum(each.local.nbytes for each in fsdp_weights(model))
     kept += sum(p.nbytes for p in model.parameters())
     assert highest(changes(watched))[0] <= 1.05 * kept
     return [
@@ -196,7 +196,7 @@ def test_a_class_may_change_what_was_drawn(worlds: Worlds) -> None:
 
 
 def drawn_again(mesh: Mesh) -> str:
-    """What drawing weights raises when they lie in runs."""
+    """What drawing weights raises when they are sharded."""
     here, wanted = axes(mesh), config(mesh, "float32")
     model = build_model(wanted, None, True, here, torch.device("cpu"))
     TrainState.build(on_mesh(wanted, mesh), model, here)
@@ -210,7 +210,7 @@ def drawn_again(mesh: Mesh) -> str:
 def test_weights_in_runs_take_values_through_the_optimizer(worlds: Worlds) -> None:
     for found in worlds(2).run(drawn_again, Mesh(dp=2)):
         assert found == (
-            "model.embed_tokens.weight lies in runs on the data ranks; give it values before the "
+            "model.embed_tokens.weight is sharded over the data ranks; give it values before the "
             "optimizer is made, or through the optimizer's owned()"
         )
 

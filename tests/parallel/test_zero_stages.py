@@ -29,7 +29,7 @@ from support.step_reference import (
     training,
 )
 from support.world import Worlds, axes
-from support.zero_defects import REDUCED, SHARED, SPREAD, TOLERANCE, on_mesh
+from support.zero_defects import FSDP, REDUCED, SHARED, TOLERANCE, on_mesh
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -96,11 +96,11 @@ def tuned(
     """On a rank: how adapters with dropout differ from one rank's."""
     solo, my_axes = Axes.solo(), axes(mesh, adapters.MODEL.kv_replicas(mesh.tp))
     whole = adapters.steps(adapters.build(folder, solo, finetune), solo, 1, packed=True)
-    spread_base = zero == 3
-    model = adapters.build(folder, my_axes, finetune, mesh.tp > 1, recompute, spread_base)
+    sharded_base = zero == 3
+    model = adapters.build(folder, my_axes, finetune, mesh.tp > 1, recompute, sharded_base)
     layers = [m for m in model.modules() if isinstance(m, FrozenLinear)]
     assert layers
-    stored = spread_base or finetune.method == "qlora"
+    stored = sharded_base or finetune.method == "qlora"
     assert all((layer.store is not None) == stored for layer in layers)
     mine = adapters.steps(model, my_axes, 2, packed=True, zero=zero)
     cuts, rank = model.sharded_parameters().cuts, my_axes.tp.rank
@@ -163,8 +163,8 @@ def test_each_stage_sends_what_the_plan_says(worlds: Worlds) -> None:
     norms = 4 * sum(p.numel() for p in llama.parameters() if p.dim() == 1) // 2
     once = 4 * sum(p.numel() for n, p in matrices.items() if ".layers." not in n) // 2
     stages = ((1, whole, "full"), (2, whole, "full"))
-    spread_stages = ((3, 4 * (2 * whole - once), mode) for mode in get_args(Recompute))
-    for zero, gathers, mode in (*stages, *spread_stages):
+    fsdp_stages = ((3, 4 * (2 * whole - once), mode) for mode in get_args(Recompute))
+    for zero, gathers, mode in (*stages, *fsdp_stages):
         scattered = whole if zero == 1 else 4 * whole
         for found in worlds(2).run(sent, zero, 4, mode):
             assert found["data", "all_gather"] == pytest.approx(gathers + norms, rel=0.01)
@@ -201,7 +201,7 @@ def test_a_weight_without_values_is_not_computed_with(worlds: Worlds) -> None:
     for found in worlds(2).run(reads_weights, 3):
         assert found == (
             "linear reads model.layers.0.mlp.gate_up_proj.weight, of which each data rank keeps a "
-            "run with parallel.zero=3; use layer.dense(), which gathers it, in place of "
+            "shard with parallel.zero=3; use layer.dense(), which gathers it, in place of "
             "layer.weight, or parallel.zero=2"
         )
 
@@ -219,7 +219,7 @@ def test_a_weight_without_values_is_not_computed_with(worlds: Worlds) -> None:
 def test_nothing_is_computed_from_a_placeholder(use: Callable[[Tensor], Any]) -> None:
     weight = Placeholder(torch.empty(4, 3, device="meta"))
     assert (weight.shape, weight.dtype, weight.numel()) == ((4, 3), torch.float32, 12)
-    with pytest.raises(ConfigError, match="reads a weight, of which each data rank keeps a run"):
+    with pytest.raises(ConfigError, match="reads a weight, of which each data rank keeps a shard"):
         use(weight)
 
 
@@ -285,8 +285,8 @@ def test_gradients_that_a_microstep_lacks_are_zero(worlds: Worlds) -> None:
 # --- planted defects -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mutation", SPREAD)
-def test_a_defect_of_spread_weights_is_caught(worlds: Worlds, mutation: str) -> None:
+@pytest.mark.parametrize("mutation", FSDP)
+def test_a_defect_of_fsdp_weights_is_caught(worlds: Worlds, mutation: str) -> None:
     assert any(worlds(2).run(on_mesh, MODEL, Mesh(dp=2), False, 2, 3, mutation))
 
 

@@ -71,7 +71,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(
 
 
 def test_meshes_agree_and_hand_a_run_to_each_other(inputs: Path, tmp_path: Path) -> None:
-    """tp 2 x dp 2 with sequence parallelism and a spread base does as one rank does; then one rank
+    """tp 2 x dp 2 with sequence parallelism and a sharded base does as one rank does; then one rank
     goes on from its third step."""
     one, four = tmp_path / "one", tmp_path / "four"
     train(tuning(inputs, one, QLORA), Rendezvous())

@@ -80,7 +80,7 @@ def build(
     finetune: FinetuneConfig,
     sequence: bool = False,
     recompute: Any = "none",
-    spread: bool = False,
+    sharded: bool = False,
     layers: tuple[int, ...] | None = None,
 ) -> Llama:
     """A base with adapters whose B is not zero, so that every factor has a gradient."""
@@ -96,7 +96,7 @@ def build(
         recompute=recompute,
         device=device,
     )
-    load_base(model, source, finetune, torch.empty(0), axes.shard, 5, spread)
+    load_base(model, source, finetune, torch.empty(0), axes.shard, 5, sharded)
     with torch.no_grad():
         for name, parameter in model.sharded_parameters().trained().tensors.items():
             if "lora_B" in name:

@@ -15,10 +15,10 @@ from llamax.optim import groups
 from llamax.optim.gradients import Reduced
 from llamax.optim.state import Bucket
 from llamax.optim.zero import Zero
-from llamax.parallel import spread
+from llamax.parallel import fsdp
+from llamax.parallel.fsdp import FsdpTensor, FsdpWeight
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.reductions import Reductions
-from llamax.parallel.spread import Spread, SpreadWeight
 from support.planted import defect, replaced
 from support.step_reference import differences
 from support.world import axes
@@ -41,14 +41,14 @@ def twice(original: Callable[..., Any]) -> Callable[..., Any]:
     return lambda self, dw: (original(self, dw), original(self, dw))[1]
 
 
-def of_own_rank(self: Spread, whole: Tensor) -> Callable[[], Tensor]:
-    run, rank = len(self.run), self.shard.rank
-    whole = torch.nn.functional.pad(whole, (0, run * self.shard.size - len(whole)))
-    return lambda: whole[rank * run : (rank + 1) * run]
+def of_own_rank(self: FsdpTensor, whole: Tensor) -> Callable[[], Tensor]:
+    each, rank = len(self.local), self.shard.rank
+    whole = torch.nn.functional.pad(whole, (0, each * self.shard.size - len(whole)))
+    return lambda: whole[rank * each : (rank + 1) * each]
 
 
 def averaged(original: Callable[..., Any]) -> Callable[..., Any]:
-    def start_reduce(self: Spread, whole: Tensor) -> Callable[[], Tensor]:
+    def start_reduce(self: FsdpTensor, whole: Tensor) -> Callable[[], Tensor]:
         wait = original(self, whole)
         return lambda: wait() / self.shard.size
 
@@ -70,10 +70,10 @@ def without_the_one_before(original: Callable[..., Any]) -> Callable[..., Any]:
     return add
 
 
-def first_run(original: Callable[..., Any]) -> Callable[..., Any]:
-    def __init__(self: Spread, length: int, values: Any, *more: Any) -> None:
+def first_shard(original: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self: FsdpTensor, length: int, values: Any, *more: Any) -> None:
         original(self, length, values, *more)
-        values(self.run, 0)
+        values(self.local, 0)
 
     return __init__
 
@@ -96,19 +96,21 @@ def summed_again(original: Callable[..., Any]) -> Callable[..., Any]:
     return reduce
 
 
-SPREAD = {
-    "gathered weights are stale": lambda: replaced(Spread, "gather", stale()(Spread.gather)),
-    "gradient added twice": defect(SpreadWeight, "add_gradient", twice),
-    "gradient averaged over ranks": defect(Spread, "start_reduce", averaged),
-    "gradient of this rank alone": lambda: replaced(Spread, "start_reduce", of_own_rank),
-    "gradient of another run": defect(
-        Spread, "start_reduce", lambda original: lambda self, dw: original(self, dw.roll(1))
+FSDP = {
+    "gathered weights are stale": lambda: replaced(
+        FsdpTensor, "gather", stale()(FsdpTensor.gather)
+    ),
+    "gradient added twice": defect(FsdpWeight, "add_gradient", twice),
+    "gradient averaged over ranks": defect(FsdpTensor, "start_reduce", averaged),
+    "gradient of this rank alone": lambda: replaced(FsdpTensor, "start_reduce", of_own_rank),
+    "gradient of another shard": defect(
+        FsdpTensor, "start_reduce", lambda original: lambda self, dw: original(self, dw.roll(1))
     ),
     "the last sum of a backward is lost": lambda: replaced(Reductions, "add", without_the_last),
     "a sum is lost where the next begins": defect(Reductions, "add", without_the_one_before),
-    "every rank keeps the first run": defect(Spread, "__init__", first_run),
+    "every rank keeps the first shard": defect(FsdpTensor, "__init__", first_shard),
     "weights not taken from the masters' rank": defect(
-        Spread, "gather", lambda original: lambda self: original(self).flip(0)
+        FsdpTensor, "gather", lambda original: lambda self: original(self).flip(0)
     ),
 }
 REDUCED = {
@@ -117,7 +119,7 @@ REDUCED = {
     "gradients not sent in backward": lambda: replaced(
         Reduced, "_arrived", lambda self, member, parameter: None
     ),
-    "runs of another rank": defect(
+    "shards of another rank": defect(
         Reduced,
         "_send",
         lambda original: (
@@ -138,7 +140,7 @@ SHARED = {
 }
 MUTATIONS: dict[str, Callable[[], Any]] = {
     "gathered again as another view": defect(
-        spread,
+        fsdp,
         "_unpack",
         lambda original: (
             lambda saved: (
@@ -148,8 +150,8 @@ MUTATIONS: dict[str, Callable[[], Any]] = {
             )
         ),
     ),
-    "none": lambda: replaced(spread, "ceil", spread.ceil),
-    **SPREAD,
+    "none": lambda: replaced(fsdp, "ceil", fsdp.ceil),
+    **FSDP,
     **REDUCED,
     **SHARED,
 }

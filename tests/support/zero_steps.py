@@ -1,4 +1,4 @@
-"""Two training steps at a ZeRO stage, joined from the runs of all ranks, and those of one rank."""
+"""Two training steps at a ZeRO stage, joined from all ranks' shards, and those of one rank."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 from llamax.config.model import ModelConfig
 from llamax.model.recompute import Recompute
 from llamax.optim.zero import Zero
-from llamax.parallel import spread
+from llamax.parallel import fsdp
 from llamax.parallel.collectives import Axes
 from support.step_reference import GLOBAL_BATCH, SEQUENCE, build, gradients, loss, share, training
 
 TOKENS = GLOBAL_BATCH * SEQUENCE
 
 
-def joined(optimizer: Zero, run_of: Callable[[Any, Any], Tensor]) -> dict[str, Tensor]:
-    """Whole tensors of this tensor rank by name, from a run of each bucket on each data rank."""
+def joined(optimizer: Zero, shard_of: Callable[[Any, Any], Tensor]) -> dict[str, Tensor]:
+    """Whole tensors of this tensor rank by name, from a shard of each bucket on each data rank."""
     found: dict[str, Tensor] = {}
     for group in optimizer.groups:
         flats = {name: torch.zeros(n) for name, n in zip(group.names, group.lengths, strict=True)}
         for bucket in group.buckets:
-            whole = optimizer.shard.all_gather(run_of(group, bucket), 0)
+            whole = optimizer.shard.all_gather(shard_of(group, bucket), 0)
             for member, start, stop, part in bucket.pieces:
                 flats[group.names[member]][start:stop] = whole[part]
         shapes = {n: p.shape for n, p in zip(group.names, group.parameters, strict=True)}
@@ -63,7 +63,7 @@ def step(
     llama.model.mode = recompute
     state = training(llama, axes, zero, bucket_bytes)
     for micro in share(axes, accumulation):
-        with spread.gathered_again():
+        with fsdp.gathered_again():
             total = loss(llama, micro, axes) / TOKENS
         total.backward()
     for group in state.optimizer.groups:

@@ -85,8 +85,8 @@ def on_replicas(rank: int, folder: Path, cases: list[Case], mutation: str) -> li
             backend.barrier()
             before = backend.compilations()  # type: ignore[attr-defined]
             with backend.joined(replace(case.mesh, kv=kv), 60.0) as axes:
-                spread, rest = case.zero == 3, (case.sequence, case.recompute)
-                model = build(folder, axes, case.finetune, *rest, spread)
+                sharded, rest = case.zero == 3, (case.sequence, case.recompute)
+                model = build(folder, axes, case.finetune, *rest, sharded)
                 result = steps(model, axes, 2, backend, case.packed, case.zero)
             backend.barrier()
             result["compiled"] = backend.compilations() - before  # type: ignore[attr-defined]

@@ -26,11 +26,11 @@ from llamax.config.neuron_sdk import Match, installed_sdk, trn1_sdk
 from llamax.config.schema import Config
 from llamax.model.lora import num_parameters
 from llamax.model.qlora import held
+from llamax.parallel.fsdp import fsdp_weights
 from llamax.parallel.mesh import EDGES, Coordinate, Groups, Mesh
 from llamax.parallel.pipeline import in_flight
 from llamax.parallel.placeholder import Placeholder
 from llamax.parallel.rendezvous import rendezvous
-from llamax.parallel.spread import spread_weights
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.progress import reported
 from llamax.runtime.units import count, show_number
@@ -314,7 +314,7 @@ def measure(traced: TracedRun, programs: dict[str, hlo.Program], machine: Machin
     """The memory of one core."""
     optimizer, model = traced.state.optimizer, traced.state.model
     ranks = optimizer.shard.size
-    tensors = [store.run for store in spread_weights(model)]
+    tensors = [store.local for store in fsdp_weights(model)]
     tensors += [each for each in model.parameters() if not isinstance(each, Placeholder)]
     weights = sum(each.nbytes for each in tensors) + held(model)[0]
     gradients, state = 0, optimizer.state_bytes()

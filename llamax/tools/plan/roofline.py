@@ -249,7 +249,7 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
     elements = share.elements
     owners = mesh.owners
     data = wire(machine, owners, mesh.tp)
-    whole = share.base[1] * owners if share.spread else 0.0
+    whole = share.base[1] * owners if share.shards_base else 0.0
 
     rate = f"{machine.matmul_efficiency:.0%} of {show_flops(peak)}/s"
     memory = show_rate(bandwidth)

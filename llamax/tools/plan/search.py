@@ -106,8 +106,8 @@ def groups(config: Config, machine: Machine, tensor: int, data: int, zero: ZeroS
     configured, node = config.parallel.zero_ranks, machine.ranks // tensor
     fits = zero > 0 and configured and data % configured == 0
     tried = [configured if fits else 0]
-    spread = config.finetune.method == "qlora" and config.finetune.shard_base
-    if (zero > 1 or (zero and spread)) and 1 < node < data:
+    sharded = config.finetune.method == "qlora" and config.finetune.shard_base
+    if (zero > 1 or (zero and sharded)) and 1 < node < data:
         tried += [0, node]
     return [*dict.fromkeys(tried)]
 

@@ -189,11 +189,11 @@ class Share:
         bits = 8.0 * self.width
         if finetune.method == "qlora":
             bits = 8.0 if finetune.quant == "int8" else nf4_bits(finetune.double_quant)
-        ranks = self.mesh.owners if self.spread else 1
+        ranks = self.mesh.owners if self.shards_base else 1
         return plain, self.layers * self.layer_weights * bits / 8 / ranks
 
     @cached_property
-    def spread(self) -> bool:
+    def shards_base(self) -> bool:
         """Whether a frozen base is cut over the data ranks and gathered in use."""
         finetune = self.config.finetune
         if finetune.method == "qlora":

@@ -161,13 +161,13 @@ def frozen_base(share: Share) -> list[Line]:
         return []
     finetune, (plain, linear) = share.config.finetune, share.base
     kind = finetune.quant if finetune.method == "qlora" else f"{8 * share.width} bits"
-    spread = ", cut over the data ranks" if share.spread else ""
+    cut = ", cut over the data ranks" if share.shards_base else ""
     dense = share.width * share.model.hidden_size * 2 * share.feed_forward
     lines = [
         Line(
             "base",
             plain + linear,
-            f"{show_number(share.layers * share.layer_weights)} frozen elements in {kind}{spread}, "
+            f"{show_number(share.layers * share.layer_weights)} frozen elements in {kind}{cut}, "
             f"{show_bytes(plain)} of embeddings and norms",
         )
     ]

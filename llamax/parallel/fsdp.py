@@ -1,16 +1,17 @@
-"""Tensors cut over data ranks, gathered when they are used and dropped after.
+"""Fully sharded tensors: cut over data ranks, gathered when used and dropped after.
 
 ::
 
-    data rank 0  [ run ] ──┐                      ┌──> dense weight, for one product
-                           ├── gather when used ──┤
-    data rank 1  [ run ] ──┘                      └──> its gradient ── reduce-scatter ──> [ run ]
+    data rank 0  [ shard ] ──┐                    ┌──> dense weight, for one product
+                             ├─ gather when used ─┤
+    data rank 1  [ shard ] ──┘                    └──> its gradient ── reduce-scatter ─> [ shard ]
 
-``Spread`` is the cut: a flat tensor in runs of equal length, the last one padded.  The quantised
-base of QLoRA keeps its bytes so.  ``SpreadWeight`` is a dense weight on top of it, frozen or with a
-gradient (ZeRO-3, Rajbhandari et al. 2020, section 5.3; FSDP, Zhao et al. 2023).  It is gathered in
-forward and again in backward, so no rank keeps a whole weight: where layers are recomputed they
-gather again, and elsewhere ``gathered_again`` keeps autograd from saving what was gathered.
+``FsdpTensor`` is the cut: a flat tensor in shards of equal length, the last one padded.  The
+quantised base of QLoRA keeps its bytes so.  ``FsdpWeight`` is a dense weight on top of it, frozen
+or with a gradient (ZeRO-3, Rajbhandari et al. 2020, section 5.3; FSDP, Zhao et al. 2023).  It is
+gathered in forward and again in backward, so no rank keeps a whole weight: where layers are
+recomputed they gather again, and elsewhere ``gathered_again`` keeps autograd from saving what was
+gathered.
 
 No rank holds all weights whole before they are cut either (``llamax.parallel.placeholder``).
 """
@@ -45,40 +46,40 @@ class Store(Protocol):
         ...
 
 
-class Spread:
-    """A flat tensor cut over the ranks of ``shard``, one run each; ``gather`` joins the runs.
+class FsdpTensor:
+    """A flat tensor cut over the ranks of ``shard``; ``gather`` joins it, ``local`` is this rank's.
 
     Its ``length`` elements are ``values``, of the dtype and on the device of ``like``; None: zeros.
-    Runs are a multiple of ``unit`` elements.
+    Shards are a multiple of ``unit`` elements.
     """
 
     def __init__(
         self, length: int, values: Values | None, shard: Axis, like: Tensor, unit: int = 1
     ) -> None:
         self.shard, self.length = shard, length
-        run = ceil(length / (shard.size * unit)) * unit
-        start = min(shard.rank * run, length)
-        self.run = like.new_zeros(run)
+        each = ceil(length / (shard.size * unit)) * unit
+        start = min(shard.rank * each, length)
+        self.local = like.new_zeros(each)
         if values is not None:
-            values(self.run[: min(run, length - start)], start)
+            values(self.local[: min(each, length - start)], start)
 
     @classmethod
-    def joined(cls, pieces: list[Tensor], shard: Axis, device: torch.device) -> Spread:
+    def joined(cls, pieces: list[Tensor], shard: Axis, device: torch.device) -> FsdpTensor:
         """The pieces end to end, cut."""
         whole = torch.cat([piece.flatten() for piece in pieces])
         return cls(len(whole), values_of(whole), shard, whole.new_empty(0, device=device))
 
     def gather(self) -> Tensor:
-        return self.shard.all_gather(self.run, 0)[: self.length]
+        return self.shard.all_gather(self.local, 0)[: self.length]
 
     def start_gather(self) -> Callable[[], Tensor]:
         """Begin ``gather``; the function returned waits for it."""
-        arrived = self.shard.start_all_gather(self.run)
+        arrived = self.shard.start_all_gather(self.local)
         return lambda: arrived()[: self.length]
 
     def start_reduce(self, whole: Tensor) -> Callable[[], Tensor]:
-        """Begin to sum ``whole`` [n] over ``shard`` in float32; the wait returns the run of it."""
-        if padding := self.shard.size * len(self.run) - self.length:
+        """Begin to sum ``whole`` [n] over ``shard`` in float32; the wait returns a shard."""
+        if padding := self.shard.size * len(self.local) - self.length:
             whole = torch.nn.functional.pad(whole, (0, padding))
         return self.shard.start_reduce_scatter(whole.float())
 
@@ -94,10 +95,10 @@ def values_of(whole: Tensor) -> Values:
 
 
 class _Gather(torch.autograd.Function):
-    """The whole weight of a run; backward sums its gradient over ``shard``."""
+    """The whole weight of a shard; backward sums its gradient over ``shard``."""
 
     @staticmethod
-    def forward(ctx: Any, leaf: Tensor, store: SpreadWeight) -> Tensor:
+    def forward(ctx: Any, leaf: Tensor, store: FsdpWeight) -> Tensor:
         ctx.store = store
         return store.dense()
 
@@ -108,11 +109,11 @@ class _Gather(torch.autograd.Function):
         return None, None
 
 
-class SpreadWeight:
-    """A weight of which each rank of ``shard`` keeps a run; a ``Store``.
+class FsdpWeight:
+    """A weight that is sharded over the ranks of ``shard``; a ``Store``.
 
     With ``reductions`` it is trained: they sum its gradient over the ranks into ``gradient``, a
-    float32 run, while backward goes on.  A placeholder is made here, its run alone.
+    float32 shard, while backward goes on.  A placeholder is made here, this shard alone.
     """
 
     def __init__(
@@ -120,23 +121,27 @@ class SpreadWeight:
     ) -> None:
         self.shape, device = weight.shape, weight.device
         if isinstance(weight, Placeholder):
-            assert weight.home is not None, "it has runs already"
+            assert weight.home is not None, "it is sharded already"
             values, device = weight.initial, weight.home
         else:
             values = values_of(weight.detach())
         like = torch.empty(0, dtype=weight.dtype, device=device)
-        self.spread = Spread(weight.numel(), values, shard, like, unit)
+        self.tensor = FsdpTensor(weight.numel(), values, shard, like, unit)
         self.gradient: Tensor | None = None
         self.prefetch: Prefetch | None = None
         self.reductions = reductions
         if reductions is not None:
-            self.gradient = torch.zeros(len(self.run), dtype=torch.float32, device=device)
+            self.gradient = torch.zeros(len(self.local), dtype=torch.float32, device=device)
             self._leaf = torch.zeros((), requires_grad=True)  # so that backward comes by
 
     @property
-    def run(self) -> Tensor:
-        """The elements that this rank keeps, with padding."""
-        return self.spread.run
+    def local(self) -> Tensor:
+        """The shard that this rank keeps, with padding."""
+        return self.tensor.local
+
+    @local.setter
+    def local(self, shard: Tensor) -> None:
+        self.tensor.local = shard
 
     def weight(self) -> Tensor:
         """The whole weight, gathered; its gradient arrives in ``gradient``."""
@@ -149,30 +154,30 @@ class SpreadWeight:
 
     def dense(self) -> Tensor:
         """The whole weight, gathered, without a gradient."""
-        whole = self.spread.gather() if self.prefetch is None else self.prefetch.gather(self.spread)
+        whole = self.tensor.gather() if self.prefetch is None else self.prefetch.gather(self.tensor)
         return whole.view(self.shape)
 
     def add_gradient(self, dw: Tensor) -> None:
-        """Add this rank's run of the sum of ``dw`` over ``shard``."""
+        """Add this rank's shard of the sum of ``dw`` over ``shard``."""
         assert self.gradient is not None
         assert self.reductions is not None
-        start = partial(self.spread.start_reduce, dw.reshape(-1))
+        start = partial(self.tensor.start_reduce, dw.reshape(-1))
         self.reductions.add(self.gradient, start)
 
 
-def spread_weights(model: nn.Module) -> Iterator[SpreadWeight]:
+def fsdp_weights(model: nn.Module) -> Iterator[FsdpWeight]:
     """The weights of a model that are cut over the data ranks."""
     for module in model.modules():
         store = getattr(module, "store", None)
-        if isinstance(store, SpreadWeight):
+        if isinstance(store, FsdpWeight):
             yield store
 
 
 def prefetched(model: nn.Module) -> Prefetch:
-    """Let the spread weights of a model on an eager device be gathered ahead of their use."""
+    """Let the sharded weights of a model on an eager device be gathered ahead of their use."""
     prefetch = Prefetch()
-    for weight in spread_weights(model):
-        if weight.run.device.type != "xla":
+    for weight in fsdp_weights(model):
+        if weight.local.device.type != "xla":
             weight.prefetch = prefetch
     return prefetch
 
@@ -180,14 +185,14 @@ def prefetched(model: nn.Module) -> Prefetch:
 class _Saved(NamedTuple):
     """A view of a gathered weight, as autograd keeps it: without values."""
 
-    store: SpreadWeight
+    store: FsdpWeight
     shape: torch.Size
     stride: tuple[int, ...]
     offset: int
 
 
 # The weights that were gathered in a block of ``gathered_again``, by their memory.
-_gathered: ContextVar[dict[StorageWeakRef, SpreadWeight] | None]
+_gathered: ContextVar[dict[StorageWeakRef, FsdpWeight] | None]
 _gathered = ContextVar("gathered", default=None)
 
 
