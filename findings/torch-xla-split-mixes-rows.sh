@@ -11,7 +11,8 @@
 # So a fused q, k, v projection with fewer key heads than query heads is trained on mixed rows on
 # Trainium: a small Llama had 2.5 times the gradient norm, and a loss that falls all the same.
 #
-# llamax sets the variable to 0 before torch-xla is imported: llamax/backends/xla_install.py.
+# llamax sets the variable to 0 before torch-xla is imported (llamax/backends/xla_install.py), and its
+# model takes tensor_split, so that programs of one's own with other settings train on right rows too.
 set -euo pipefail
 
 scratch=$(mktemp -d)

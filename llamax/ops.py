@@ -167,8 +167,9 @@ def reference_rotated_attention(
 ) -> Tensor:
     rows = qkv.unflatten(-1, (-1, cos.shape[-1]))
     keys = (rows.shape[2] - heads) // 2
-    qk, v = rows.split((heads + keys, keys), dim=2)
-    q, k = rotate(qk, cos, sin).split((heads, keys), dim=2)
+    # Not ``split``: torch-xla's mixes rows where functionalization is off, as torch-neuronx has it.
+    qk, v = rows.tensor_split((heads + keys,), dim=2)
+    q, k = rotate(qk, cos, sin).tensor_split((heads,), dim=2)
     return attention(q, k, v, documents).flatten(-2)
 
 

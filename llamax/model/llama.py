@@ -94,9 +94,10 @@ class Attention(nn.Module):
                 return attend.rotated(qkv_BSf, cos_BSE, sin_BSE, self.num_heads)
             heads_BShE = qkv_BSf.unflatten(-1, (-1, self.head_dim))
             kv_heads = (heads_BShE.shape[2] - self.num_heads) // 2
-            qk_BSfE, v_BSkE = heads_BShE.split((self.num_heads + kv_heads, kv_heads), dim=2)
+            # Not ``split``, as in ``ops.reference_rotated_attention``.
+            qk_BSfE, v_BSkE = heads_BShE.tensor_split((self.num_heads + kv_heads,), dim=2)
             qk_BSfE = ops.rotate(qk_BSfE, cos_BSE, sin_BSE)
-            q_BShE, k_BSkE = qk_BSfE.split((self.num_heads, kv_heads), dim=2)
+            q_BShE, k_BSkE = qk_BSfE.tensor_split((self.num_heads,), dim=2)
             return attend(q_BShE, k_BSkE, v_BSkE, self.layer).flatten(-2)
 
         run = recompute.again if rerun else recompute.plain
