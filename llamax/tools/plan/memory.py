@@ -296,6 +296,7 @@ def kept(share: Share, machine: Machine, mode: Recompute) -> Line:
     layer, formula = layer_kept(share, machine, mode)
     flying = share.flying(machine.backend, mode)
     outside = share.config.parallel.chunks * outside_layers_kept(share, machine)
+    outside += share.random_states(machine.backend, mode)
     formula = (
         f"recompute {mode}: {share.layers} layers x ({formula}), {show_bytes(outside)} outside them"
     )

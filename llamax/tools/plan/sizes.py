@@ -20,6 +20,8 @@ from llamax.parallel.mesh import Mesh
 from llamax.parallel.pipeline import in_flight
 from llamax.training.resolve import ResolvedRun
 
+GENERATOR_BYTES = 5056  # of torch.get_rng_state()
+
 
 class Group(NamedTuple):
     """Weights in one flat vector.
@@ -86,6 +88,10 @@ class Share:
         """
         chunks, split = self.config.parallel.chunks, self.splits(backend, recompute)
         return in_flight(self.stage, self.mesh.pp, self.accumulation, chunks, split) / chunks
+
+    def random_states(self, backend: str, recompute: str) -> int:
+        """Bytes that torch keeps of the host's generator, for each layer that is computed again."""
+        return self.layers * GENERATOR_BYTES if backend == "cpu" and recompute != "none" else 0
 
     @cached_property
     def vocabularies(self) -> int:
