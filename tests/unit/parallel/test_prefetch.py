@@ -10,19 +10,19 @@ from torch import Tensor
 from llamax.parallel.prefetch import Prefetch
 
 
-class Runs:
+class Shards:
     """A store that notes what it is asked for."""
 
     def __init__(self, name: str, log: list[str]) -> None:
-        self.name, self.log, self.run = name, log, torch.zeros(2)
+        self.name, self.log, self.local = name, log, torch.zeros(2)
 
     def gather(self) -> Tensor:
         self.log.append(f"gather {self.name}")
-        return self.run.clone()
+        return self.local.clone()
 
     def start_gather(self) -> Callable[[], Tensor]:
         self.log.append(f"start {self.name}")
-        whole = self.run.clone()
+        whole = self.local.clone()
 
         def wait() -> Tensor:
             self.log.append(f"wait {self.name}")
@@ -31,19 +31,19 @@ class Runs:
         return wait
 
 
-def passed(order: str, prefetch: Prefetch, stores: dict[str, Runs]) -> list[str]:
+def passed(order: str, prefetch: Prefetch, stores: dict[str, Shards]) -> list[str]:
     """What a pass that uses stores in ``order`` asks of them; their values must be of now."""
     prefetch.begin("step")
     log = next(iter(stores.values())).log
     log.clear()
     for name in order:
-        assert torch.equal(prefetch.gather(stores[name]), stores[name].run)
+        assert torch.equal(prefetch.gather(stores[name]), stores[name].local)
     return list(log)
 
 
-def some() -> tuple[Prefetch, dict[str, Runs]]:
+def some() -> tuple[Prefetch, dict[str, Shards]]:
     log: list[str] = []
-    return Prefetch(), {name: Runs(name, log) for name in "abc"}
+    return Prefetch(), {name: Shards(name, log) for name in "abc"}
 
 
 def test_a_pass_follows_the_order_of_the_one_before() -> None:
@@ -83,6 +83,6 @@ def test_a_weight_that_was_written_since_is_gathered_again() -> None:
     passed("aba", prefetch, stores)
     prefetch.begin("step")
     prefetch.gather(stores["a"])  # and begins b
-    stores["b"].run.add_(1)
-    assert torch.equal(prefetch.gather(stores["b"]), stores["b"].run)
+    stores["b"].local.add_(1)
+    assert torch.equal(prefetch.gather(stores["b"]), stores["b"].local)
     assert prefetch.hits == 0
