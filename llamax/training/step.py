@@ -219,7 +219,7 @@ class TrainState:
         if spikes is not None:
             spikes.add(bounds, loss, grad_norm)
         self.backend.step_boundary()
-        done.is_begun()
+        done.mark_begun()
         return done
 
     @torch.no_grad()

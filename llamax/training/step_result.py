@@ -77,8 +77,8 @@ class Step:
         self.metrics: dict[str, Tensor] = {}  # of a program's own
         self._fetch: Callable[[Sequence[Tensor]], list[float]] = device.fetch
 
-    def is_begun(self) -> None:
-        """The device has all the work of this step: ``result`` waits for no work that comes later.
+    def mark_begun(self) -> None:
+        """Note that the device has all work of this step: ``result`` waits for none begun later.
 
         But for that of a ``validation_loss``, where there is one.
         """

@@ -219,7 +219,7 @@ def test_heartbeats_come_before_the_watchdog_of_nccl(
 def test_a_step_is_read_while_the_next_one_runs(gpus: SimpleNamespace) -> None:
     one, backend = torch.tensor(1.0), Cuda(Rendezvous())
     step = Step(1, one, one, one, torch.tensor(0.0), backend)
-    step.is_begun()
+    step.mark_begun()
     gpus.log.append("the next step begins")
     assert step.result.loss == 1.0
     assert gpus.log == [
@@ -230,7 +230,7 @@ def test_a_step_is_read_while_the_next_one_runs(gpus: SimpleNamespace) -> None:
         "back",
     ]
     validated = Step(2, one, one, one, torch.tensor(0.0), backend)
-    validated.is_begun()
+    validated.mark_begun()
     validated.validation_loss = one
     del gpus.log[:]
     assert validated.result.validation_loss == 1.0
