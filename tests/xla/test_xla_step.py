@@ -132,7 +132,7 @@ def weights(model: Llama) -> dict[str, Tensor]:
         if (store := getattr(module, "store", None))
     }
     return {
-        name: (stores[name].run if name in stores else p).detach().cpu()
+        name: (stores[name].local if name in stores else p).detach().cpu()
         for name, p in model.named_parameters()
     }
 
