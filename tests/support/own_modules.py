@@ -111,3 +111,14 @@ class OwnLlama(Llama):
             logits.flatten(0, 1).float(), labels_BS.flatten().long(), reduction="sum"
         )
         return total, (labels_BS >= 0).sum().float()
+
+
+class WithDropout(nn.Module):
+    """A feed-forward whose output loses features by torch's own generator."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x_BsD: Tensor) -> Tensor:
+        return nn.functional.dropout(self.inner(x_BsD), 0.5)

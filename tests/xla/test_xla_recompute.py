@@ -11,23 +11,13 @@ import torch_xla
 import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as metrics
 from support.models import TINY
-from torch import Tensor, nn
+from support.own_modules import WithDropout
+from torch import Tensor
 
 from llamax.model.llama import Llama
 from llamax.model.placement import move_model
 from llamax.model.recompute import Recompute
 from llamax.parallel.collectives import Solo
-
-
-class WithDropout(nn.Module):
-    """A feed-forward whose output loses features by torch's own generator."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x_BsD: Tensor) -> Tensor:
-        return nn.functional.dropout(self.inner(x_BsD), 0.5)
 
 
 def gradients(mode: Recompute) -> tuple[list[float], dict[str, Tensor], int]:

@@ -5,21 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from support.models import TINY
-from torch import Tensor, nn
+from support.own_modules import WithDropout
+from torch import Tensor
 
 from llamax.model.llama import Llama
 from llamax.model.recompute import Recompute
-
-
-class WithDropout(nn.Module):
-    """A feed-forward whose output loses features by torch's own generator."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x_BsD: Tensor) -> Tensor:
-        return nn.functional.dropout(self.inner(x_BsD), 0.5)
 
 
 def gradients(mode: Recompute) -> tuple[float, dict[str, Tensor]]:
