@@ -56,7 +56,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from llamax.backends import cpu
-from llamax.config.choices import EAGER_BACKENDS
 from llamax.config.constants import (
     GRADIENT_BYTES,
     MASTER_BYTES,
@@ -69,7 +68,7 @@ from llamax.optim.blockwise import bits_of
 from llamax.optim.buckets import Segment, segments, weight
 from llamax.optim.clip import clip_factor, is_finite, sum_of_squares
 from llamax.optim.groups import Group, Key, Owned
-from llamax.optim.layouts import kept, replaced, split_like
+from llamax.optim.layouts import is_eager, kept, replaced, split_like
 from llamax.optim.replicas import ReplicaCheck
 from llamax.optim.state import Bucket
 from llamax.parallel.collectives import Axes
@@ -207,10 +206,7 @@ class Zero:
     @property
     def gathers(self) -> bool:
         """Whether layers gather weights that are cut over the data ranks, on an eager device."""
-        return any(
-            group.store is not None and group.store.local.device.type in EAGER_BACKENDS
-            for group in self.groups
-        )
+        return any(group.store and is_eager(group.store.local) for group in self.groups)
 
     @torch.no_grad()
     def step(
